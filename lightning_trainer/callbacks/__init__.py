@@ -1,0 +1,18 @@
+"""Callbacks, each to be named in the YAML by its short name."""
+
+from lightning_trainer.callbacks.checkpoint import Interrupted, RunCheckpoint
+from lightning_trainer.callbacks.export import HuggingFaceExport
+from lightning_trainer.callbacks.finite import NonFiniteError
+from lightning_trainer.callbacks.predict import PredictionWriter
+from lightning_trainer.callbacks.preview import PreviewCallback
+from lightning_trainer.callbacks.train_log import TrainLog
+
+__all__ = [
+    "HuggingFaceExport",
+    "Interrupted",
+    "NonFiniteError",
+    "PredictionWriter",
+    "PreviewCallback",
+    "RunCheckpoint",
+    "TrainLog",
+]

@@ -1,0 +1,264 @@
+"""RunCheckpoint: saves at optimizer-step boundaries only, and ends an interrupted run with a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import random
+import shutil
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+
+from lightning_trainer import checkpoints
+from lightning_trainer.callbacks.finite import raise_if_nonfinite
+from lightning_trainer.types import InputError
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM, answered at an optimizer-step boundary with a checkpoint."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class RunCheckpoint(Checkpoint):
+    """Writes `checkpoints/step=NNNNNN.ckpt` and keeps `last.ckpt` pointing at the newest.
+
+    Args:
+        every_n_train_steps: Optimizer steps between checkpoints.
+        keep_last: Newest step directories kept, besides the best.
+        monitor: Metric by which the best are kept, e.g. val/loss; null keeps none besides the newest.
+        mode: Whether the best monitor is the smallest or the largest.
+        save_top_k: How many of the best are kept.
+    """
+
+    def __init__(
+        self,
+        every_n_train_steps: int = 1000,
+        keep_last: int = 3,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        save_top_k: int = 1,
+    ) -> None:
+        for name, value, least in (
+            ("every_n_train_steps", every_n_train_steps, 1),
+            ("keep_last", keep_last, 1),
+            ("save_top_k", save_top_k, 0),
+        ):
+            if value < least:
+                raise InputError(f"must be at least {least}, not {value}", key=f"checkpoint.{name}")
+        self.every_n_train_steps, self.keep_last = every_n_train_steps, keep_last
+        self.monitor, self.mode, self.save_top_k = monitor, mode, save_top_k
+        self.best: list[tuple[float, int]] = []
+        self.last_path: Path | None = None
+        self._saved_step = -1
+        self._signal = 0
+        self._handlers: dict[int, Any] = {}
+        self._boundary: tuple[int, dict[str, Any]] | None = None
+        self._validation_due = False
+        self._rng: dict[str, Any] | None = None
+
+    # ------------------------------------------------------------------------------------------------ when to save
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Clear away what a killed save left behind."""
+        if stage == "fit" and trainer.is_global_zero:
+            checkpoints.remove_leftovers(self._folder(trainer))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over the signals, put the random generators where they were, make up for a validation cut short."""
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[signum] = signal.signal(signum, self._on_signal)
+        if self._rng is not None:
+            _set_rng(self._rng)
+            self._rng = None
+        if self._validation_due:
+            self._validation_due = False
+            _validate_now(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """At a step boundary: save when it is time, and end the run when a signal asked for it."""
+        loop = trainer.fit_loop.epoch_loop
+        if loop._should_accumulate():
+            return
+        self._validation_due = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+        ends = loop._num_ready_batches_reached() or trainer.should_stop or trainer.global_step == trainer.max_steps
+        if self._validation_due or ends:
+            # Between here and the next batch Lightning's counters mean "past the batch"; a checkpoint made there
+            # must still say "at this boundary", or its resume would skip or repeat a batch.
+            self._boundary = (trainer.global_step, copy.deepcopy(trainer._checkpoint_connector._get_loops_state_dict()))
+        if trainer.global_step % self.every_n_train_steps == 0:
+            self.save(trainer)
+        self._end_if_asked(trainer)
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """A signal does not wait for a long validation; the resumed run makes up for it."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._end_if_asked(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the score of this step, and save it where it is among the best."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.global_step == 0:
+            return
+        self._validation_due = False
+        score = trainer.callback_metrics.get(self.monitor) if self.monitor is not None else None
+        if score is None:
+            return
+        sign = 1 if self.mode == "min" else -1
+        ranked = sorted([*self.best, (float(score), trainer.global_step)], key=lambda entry: sign * entry[0])
+        self.best = ranked[: self.save_top_k]
+        if any(step == trainer.global_step for _, step in self.best):
+            self.save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The end of a run is always saved."""
+        if trainer.global_step and trainer.global_step != self._saved_step:
+            self.save(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        self._restore_handlers()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the signals back."""
+        self._restore_handlers()
+
+    def _restore_handlers(self) -> None:
+        for signum, handler in self._handlers.items():
+            signal.signal(signum, handler)
+        self._handlers = {}
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if self._signal and signum == signal.SIGINT:
+            raise Interrupted(signum)  # the second Ctrl-C does not wait
+        self._signal = signum
+
+    def _end_if_asked(self, trainer: Trainer) -> None:
+        signum = self._signal
+        if trainer.world_size > 1:
+            asked = torch.tensor(signum, device=trainer.strategy.root_device)
+            signum = int(trainer.strategy.reduce(asked, reduce_op="max"))
+        if not signum:
+            return
+        rank_zero_info(f"{signal.Signals(signum).name}: saving a checkpoint at optimizer step {trainer.global_step}")
+        if trainer.global_step and trainer.global_step != self._saved_step:
+            self.save(trainer)
+        raise Interrupted(signum)
+
+    # ------------------------------------------------------------------------------------------------- how to save
+
+    def save(self, trainer: Trainer) -> None:
+        """Write a checkpoint of this optimizer step, let `last.ckpt` name it, delete what is no longer kept.
+
+        Raises:
+            NonFiniteError: Some update since the last checkpoint was not finite.
+            OSError: It could not be written; the previous one is intact.
+        """
+        if trainer.fast_dev_run:
+            return
+        raise_if_nonfinite(trainer)
+        for logger in trainer.loggers:
+            flush = getattr(getattr(logger, "experiment", None), "flush", None)
+            if flush is not None:
+                flush()  # what the checkpoint has behind it must be on disk too, or a kill leaves a gap in the curves
+        path = self._folder(trainer) / checkpoints.step_name(trainer.global_step)
+        if trainer.global_step != self._saved_step:
+            self._write(trainer, path)
+        self._saved_step, self.last_path = trainer.global_step, path
+        if trainer.is_global_zero:
+            checkpoints.point_last(path.parent, path)
+            self._prune(path.parent)
+        trainer.strategy.barrier("RunCheckpoint.save")
+
+    def _write(self, trainer: Trainer, path: Path) -> None:
+        try:
+            trainer.save_checkpoint(path)
+        except OSError as error:
+            left = f"the previous one, {self.last_path}, is intact" if self.last_path else "there is none before it"
+            raise OSError(error.errno, f"the checkpoint {path} could not be written ({error}); {left}") from error
+
+    @rank_zero_only
+    def _prune(self, folder: Path) -> None:
+        keep = {step for _, step in self.best}
+        for step, path in checkpoints.step_directories(folder)[: -self.keep_last]:
+            if step not in keep and path != self.last_path:
+                shutil.rmtree(path)
+
+    @staticmethod
+    def _folder(trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir) / "checkpoints"
+
+    # ------------------------------------------------------------------------------- what every checkpoint must hold
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the random generators and where the run stands, to every checkpoint, whoever makes it."""
+        checkpoint["rng"] = _get_rng()
+        checkpoint["validation_due"] = self._validation_due
+        checkpoint["mid_window"] = trainer.fit_loop.epoch_loop._should_accumulate()
+        if self._boundary is not None and self._boundary[0] == trainer.global_step:
+            checkpoint["loops"] = self._boundary[1]
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that has lost gradients; remember what `on_train_start` puts back.
+
+        Raises:
+            InputError: A stock ModelCheckpoint made it between two micro-batches of an optimizer step.
+        """
+        if trainer.state.fn != "fit":
+            return
+        if checkpoint.get("mid_window"):
+            raise InputError(
+                "this checkpoint was made in the middle of an optimizer step (its first micro-batches' gradients are "
+                "lost); resume from one of checkpoints/step=*.ckpt",
+                key="ckpt_path",
+            )
+        self._rng = checkpoint.get("rng")
+        self._validation_due = bool(checkpoint.get("validation_due"))
+        self._saved_step = int(checkpoint["global_step"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best so far."""
+        return {"best": [list(entry) for entry in self.best]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on keeping the best."""
+        self.best = [(float(score), int(step)) for score, step in state_dict["best"]]
+
+
+def _validate_now(trainer: Trainer) -> None:
+    """Run the validation that was due when the checkpoint was made, as the training loop would have."""
+    rank_zero_warn("the checkpoint was made before a validation that was due; it is made up for now")
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True
+
+
+def _get_rng() -> dict[str, Any]:
+    """States of all random generators, in types that `torch.load(weights_only=True)` takes."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [name, keys.tolist(), *rest],  # type: ignore[union-attr]
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _set_rng(states: dict[str, Any]) -> None:
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])

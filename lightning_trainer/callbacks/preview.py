@@ -1,0 +1,163 @@
+"""PreviewCallback: answers to a few fixed prompts, every so many optimizer steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_trainer.preview import PreviewBackend, Prompter
+from lightning_trainer.types import InputError, PreviewRequest, PreviewResult
+
+
+class PreviewCallback(Callback):
+    """Writes previews to TensorBoard and to `previews.jsonl`.
+
+    Args:
+        every_n_steps: Optimizer steps between previews; the end of the run has one in any case.
+        prompts: What a user says, each a prompt; null takes validation rows, or training rows where there are none.
+        num_prompts: How many rows are taken when `prompts` is null.
+        max_new_tokens: Most tokens of an answer.
+        temperature: 0 is greedy.
+        seed: Of the sampling.
+        backend: One for this callback alone; null: the run's `preview_backend`.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 50,
+        prompts: list[str] | None = None,
+        num_prompts: int = 4,
+        max_new_tokens: int = 256,
+        temperature: float = 0.7,
+        seed: int = 0,
+        backend: PreviewBackend | None = None,
+    ) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("num_prompts", num_prompts)):
+            if value < 1:
+                raise InputError(f"PreviewCallback.{name} must be at least 1, not {value}")
+        self.every_n_steps, self.prompts, self.num_prompts = every_n_steps, prompts, num_prompts
+        self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
+        self.backend = backend
+        self.origin = "yaml"
+        self.pass_rate: float | None = None
+        self._requests: list[PreviewRequest] = []
+        self._last_step = -1
+        self._broken = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the prompts, through the profile and template that training uses."""
+        module: Any = pl_module
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if self.backend is None:
+            raise InputError("PreviewCallback has no backend: give it one, or run it through `fit`")
+        prompter = Prompter(data.profile, module.tokenizer, data.rendered_system_prompt(), data.system_prompt_mode)
+        self.backend.bind(prompter, module.causal_lm)
+        if self.prompts is not None:
+            rows = [prompter.request({"prompt": text}, str(i)) for i, text in enumerate(self.prompts)]
+        else:
+            conversations, self.origin = data.conversations(self.num_prompts)
+            rows = [prompter.request_of(c, f"{self.origin}-{i}") for i, c in enumerate(conversations)]
+        self._requests = rows
+        if self.origin == "train":
+            rank_zero_warn("previews show training rows: nothing is held out, so there is no preview/pass_rate")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Preview at a step boundary, when it is time."""
+        stepped = not trainer.fit_loop.epoch_loop._should_accumulate()
+        if stepped and trainer.global_step % self.every_n_steps == 0:
+            self._preview(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Preview the final weights."""
+        if trainer.global_step and trainer.global_step != self._last_step:
+            self._preview(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step of the last preview, so that a resumed run does not repeat it."""
+        return {"last_step": self._last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after the last preview."""
+        self._last_step = state_dict["last_step"]
+
+    def _preview(self, trainer: Trainer) -> None:
+        if self._broken or not self._requests or not trainer.is_global_zero:
+            return
+        self._last_step = trainer.global_step
+        try:
+            self._show(trainer, self._answers(trainer.global_step))
+        except Exception as error:  # a preview must never end a training run: it is said once, and previews stop
+            self._broken = True
+            rank_zero_warn(f"previews are off for the rest of this run: {type(error).__name__}: {error}")
+
+    def _answers(self, step: int) -> list[PreviewResult]:
+        assert self.backend is not None
+        sampling = self.backend.prompter.sampling(
+            max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed
+        )
+        self.backend.submit([dataclasses.replace(r, step=step) for r in self._requests], sampling, step)
+        return self.backend.collect(timeout=float("inf"))
+
+    # -------------------------------------------------------------------------------------------------- what is seen
+
+    def _show(self, trainer: Trainer, results: Sequence[PreviewResult]) -> None:
+        step = trainer.global_step
+        self._write_lines(Path(trainer.default_root_dir) / "previews.jsonl", results)
+        metrics = {
+            "preview/latency_seconds": max((r.generation_time_sec for r in results), default=0.0),
+            "preview/weights_step": float(results[0].weights_step or 0) if results else 0.0,
+            "preview/age_steps": float(step - (results[0].weights_step or 0)) if results else 0.0,
+        }
+        if self.origin == "val":
+            self.pass_rate = sum(bool(r.check and r.check.passed) for r in results) / len(results)
+            metrics["preview/pass_rate"] = self.pass_rate
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=step)
+            if isinstance(logger, TensorBoardLogger):
+                for number, result in enumerate(results):
+                    logger.experiment.add_text(f"preview/{number}", as_markdown(result, self.origin), step)
+        told = "" if self.pass_rate is None else f", {self.pass_rate:.0%} of {len(results)} pass"
+        rank_zero_info(f"step {step}: previews by the weights of step {metrics['preview/weights_step']:.0f}{told}")
+
+    def _write_lines(self, path: Path, results: Sequence[PreviewResult]) -> None:
+        lines = []
+        for result in results:
+            digest = hashlib.sha256(f"{result.prompt}\0{result.text}".encode("utf-8", "surrogatepass")).hexdigest()
+            record = {**dataclasses.asdict(result), "origin": self.origin, "content_sha256": digest}
+            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(lines))
+
+
+def as_markdown(result: PreviewResult, origin: str) -> str:
+    """One preview as TensorBoard shows it: texts as they are, in fenced blocks."""
+    verdict = "no check"
+    if result.check is not None:
+        words = {True: "right", False: "wrong", None: "not known to be right"}
+        verdict = f"{'contract kept' if result.check.ok else 'contract broken'}, {words[result.check.correct]}"
+        verdict += f" ({result.check.reason})" if result.check.reason else ""
+    parts = [
+        f"**weights of step {result.weights_step}** · {origin} row · {result.tokens_generated} tokens, "
+        f"{result.finish_reason} · {verdict}",
+        _fenced("prompt", result.prompt),
+        _fenced("answer", result.text if result.success else f"(failed: {result.error_message})"),
+    ]
+    if result.golden_answer is not None:
+        parts.append(_fenced("golden", result.golden_answer))
+    return "\n\n".join(parts)
+
+
+def _fenced(title: str, text: str) -> str:
+    longest = max((len(run) for run in text.replace("\n", " ").split(" ") if set(run) == {"`"}), default=2)
+    fence = "`" * max(3, longest + 1)
+    return f"{title}\n\n{fence}\n{text}\n{fence}"

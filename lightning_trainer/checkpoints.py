@@ -1,0 +1,162 @@
+"""Checkpoint directories: written whole or not at all, and found again.
+
+    checkpoints/step=000300.ckpt/   what from_pretrained loads, plus
+        trainer.pt                  optimizer, loops, random generators: plain types
+        checkpoint.json             step, epoch, and size and sha256 of every file; written last
+    checkpoints/last.ckpt           relative symlink to the newest
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning_trainer.types import InputError
+
+STATE, INDEX, LAST = "trainer.pt", "checkpoint.json", "last.ckpt"
+
+_STEP = re.compile(r"step=(\d+)\.ckpt")
+
+
+def step_name(step: int) -> str:
+    """Directory name of an optimizer step."""
+    return f"step={step:06d}.ckpt"
+
+
+def step_directories(folder: Path) -> list[tuple[int, Path]]:
+    """(step, directory) of every step checkpoint, oldest first, whole or not."""
+    found = ((_STEP.fullmatch(path.name), path) for path in folder.glob("step=*.ckpt") if path.is_dir())
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def write(target: Path, fill: Callable[[Path], None], about: dict[str, Any]) -> None:
+    """Make a checkpoint directory: under a temporary name beside `target`, flushed to disk, then renamed.
+
+    Args:
+        target: Where it will stand. A directory already there is moved aside, not deleted.
+        fill: Writes the files into the directory it is given.
+        about: Plain values for `checkpoint.json`.
+
+    Raises:
+        OSError: It could not be written (a full disk, a read-only directory); nothing that was there has changed.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    tmp = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir()
+        fill(tmp)
+        files = {path.name: _describe(path) for path in sorted(tmp.iterdir())}
+        _write_synced(tmp / INDEX, json.dumps({**about, "files": files}, indent=2) + "\n")
+        _sync_directory(tmp)
+        if target.exists():
+            target.rename(_aside(target))
+        tmp.rename(target)
+        _sync_directory(target.parent)
+    except BaseException:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _aside(path: Path) -> Path:
+    number = 1
+    while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
+        number += 1
+    return aside
+
+
+def about(directory: Path) -> dict[str, Any]:
+    """What `checkpoint.json` says.
+
+    Raises:
+        InputError: The directory is no checkpoint of ours.
+    """
+    try:
+        content: dict[str, Any] = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{str(directory)!r} is no checkpoint of this trainer: {error}", key="ckpt_path") from error
+    return content
+
+
+def damage(directory: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None. Reads every byte."""
+    try:
+        files = about(directory)["files"]
+    except (InputError, KeyError) as error:
+        return str(error)
+    for name, want in files.items():
+        path = directory / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != want["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, {want['bytes']} were written"
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != want["sha256"]:
+                return f"{name} has changed since it was written (sha256 differs)"
+    return None
+
+
+def point_last(folder: Path, target: Path) -> None:
+    """Let `last.ckpt` name `target`, in one step."""
+    tmp = folder / f".{LAST}.tmp-{os.getpid()}"
+    tmp.unlink(missing_ok=True)
+    tmp.symlink_to(target.name)
+    os.replace(tmp, folder / LAST)
+    _sync_directory(folder)
+
+
+def find_last(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint of a run, or None.
+
+    Args:
+        folder: The run's `checkpoints`.
+        say: Told of every damaged checkpoint that was passed over.
+    """
+    last = folder / LAST
+    candidates = [path for _, path in reversed(step_directories(folder))]
+    if last.is_dir():
+        target = last.resolve()
+        candidates = [target, *(path for path in candidates if path.resolve() != target)]
+    for path in candidates:
+        wrong = damage(path)
+        if wrong is None:
+            return path
+        say(f"the checkpoint {path.name} is damaged and passed over: {wrong}")
+    return None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed save left under a temporary name."""
+    for path in folder.glob(".*.tmp-*"):
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)

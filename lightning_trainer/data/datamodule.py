@@ -1,0 +1,346 @@
+"""ChatDataModule: the user's rows as batches."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_trainer.data.collate import Collator
+from lightning_trainer.data.encode import Conversation, LossOn
+from lightning_trainer.data.loader import EvaluationLoader, PlannedLoader
+from lightning_trainer.data.rows import BadRow, sources
+from lightning_trainer.data.sampler import Layout
+from lightning_trainer.data.split import (
+    OnBadRow,
+    OnLongRow,
+    Recipe,
+    Share,
+    Split,
+    SystemPromptMode,
+    recipe_hashes,
+    validation_bound,
+)
+from lightning_trainer.data.store import TokenStore
+from lightning_trainer.profiles import DataProfile, EmojiThink
+from lightning_trainer.types import Batch, InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DROPPED_WARNING = 0.01
+"""Share of rows dropped for their length above which a warning is given."""
+
+SplitName = Literal["train", "val", "test", "predict"]
+
+
+class ChatDataModule(lightning.LightningDataModule):
+    """Reads chat rows, lets a profile rewrite them, tokenises them once and lays them out in batches.
+
+    Args:
+        train_path: File, list of files, or Hub id (owner/name[:config][/split]). JSONL, JSON array or parquet.
+        val_path: The same for validation; null takes a share of the training rows.
+        test_path: The same for the `test` command.
+        predict_path: The same for the `predict` command; rows may end with the user's turn.
+        val_fraction: Share of the training rows held out when there is no val_path. Which rows is a function of
+            their content and the seed, not of their order.
+        val_max_rows: Most rows held out that way.
+        profile: How a row becomes a conversation: Plain, EmojiThink, Regime3 or a class of your own; null: EmojiThink.
+        system_prompt: Template of the system prompt, may hold {date}; null: the profile's own.
+        system_prompt_mode: prepend puts it in front of a row's own system message, replace drops the row's.
+        max_length: Most tokens of a row; with packing the tokens of a pack.
+        min_length: Shorter rows are dropped, in tokens.
+        on_long_row: drop rows over max_length, truncate them after the last whole assistant turn, or raise.
+        batch_size: Rows per device per micro-batch; with packing a row is one pack of max_length tokens.
+        packing: Lay several examples in a row, each attending within itself only, instead of padding.
+        loss_on: Train on the assistant's turns, or on all tokens.
+        on_bad_row: quarantine sets unusable rows aside in quarantine.jsonl, raise stops at the first.
+        max_bad_fraction: Share of unusable rows above which the run stops before training.
+        num_workers: Processes that make batches ahead.
+        seed: Of the split, the order and the profile's draws; null: seed_everything.
+        cache_dir: Where tokenised rows are kept between runs; null: beside the cache of `datasets`.
+    """
+
+    def __init__(
+        self,
+        train_path: str | list[str],
+        val_path: str | list[str] | None = None,
+        test_path: str | list[str] | None = None,
+        predict_path: str | list[str] | None = None,
+        val_fraction: float = 0.05,
+        val_max_rows: int = 500,
+        profile: DataProfile | None = None,
+        system_prompt: str | None = None,
+        system_prompt_mode: SystemPromptMode = "prepend",
+        max_length: int = 2048,
+        min_length: int = 0,
+        on_long_row: OnLongRow = "drop",
+        batch_size: int = 8,
+        packing: bool = True,
+        loss_on: LossOn = "assistant",
+        on_bad_row: OnBadRow = "quarantine",
+        max_bad_fraction: float = 0.01,
+        num_workers: int = 0,
+        seed: int | None = None,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        _check_range("data.batch_size", batch_size, 1)
+        _check_range("data.max_length", max_length, 2)
+        _check_range("data.min_length", min_length, 0)
+        _check_range("data.num_workers", num_workers, 0)
+        _check_range("data.val_max_rows", val_max_rows, 0)
+        _check_range("data.val_fraction", val_fraction, 0, 1)
+        _check_range("data.max_bad_fraction", max_bad_fraction, 0, 1)
+        self.paths = {"train": train_path, "val": val_path, "test": test_path, "predict": predict_path}
+        self.val_fraction, self.val_max_rows = val_fraction, val_max_rows
+        self.profile = EmojiThink() if profile is None else profile
+        self.system_prompt, self.system_prompt_mode = system_prompt, system_prompt_mode
+        self.max_length, self.min_length, self.on_long_row = max_length, min_length, on_long_row
+        self.batch_size, self.packing, self.loss_on = batch_size, packing, loss_on
+        self.on_bad_row, self.max_bad_fraction = on_bad_row, max_bad_fraction
+        self.num_workers, self.seed, self.cache_dir = num_workers, seed, cache_dir
+        self.run_date = datetime.date.today().isoformat()
+        self.default_seed = 0
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.stores: dict[str, TokenStore] = {}
+        self._splits: dict[str, Split] = {}
+
+    # ------------------------------------------------------------------------------------------------- Lightning
+
+    def prepare_data(self) -> None:
+        """Tokenise what this command needs, once per machine."""
+        for name in self._needed():
+            self._build(name, show_progress=True)
+
+    def setup(self, stage: str) -> None:
+        """Open the tokenised splits and say what was left out.
+
+        Raises:
+            InputError: Too many bad rows, or none left.
+        """
+        for name in self._needed():
+            self.stores[name] = self._build(name, show_progress=False)
+        if stage == "fit" and self.trainer is not None and self.trainer.is_global_zero:
+            self.write_reports(Path(self.trainer.default_root_dir))
+        self.check()
+
+    def train_dataloader(self) -> PlannedLoader:
+        """The planned training batches of this rank."""
+        assert self.trainer is not None
+        trainer = self.trainer
+        layout = Layout(
+            batch_size=self.batch_size,
+            accumulate=trainer.accumulate_grad_batches,
+            world_size=trainer.world_size,
+            pack_to=self.max_length if self.packing else None,
+            seed=self.data_seed,
+        )
+        collate = self._collator("train")
+        loader = PlannedLoader(collate, layout, trainer.global_rank, self.num_workers, self._pin_memory)
+        limit = trainer.limit_train_batches
+        if limit != 1.0 or isinstance(limit, int):
+            batches = min(limit, len(loader)) if isinstance(limit, int) else int(limit * len(loader))
+            # The plan must know its own end: the last optimizer step holds only what is left.
+            loader.layout = Layout(**{**vars(layout), "limit": batches})
+            loader.plan.cache_clear()  # type: ignore[attr-defined]
+        return loader
+
+    def val_dataloader(self) -> EvaluationLoader | list[Any]:
+        """The validation batches of this rank; an empty list where nothing is held out."""
+        return self._evaluation_loader("val")
+
+    def test_dataloader(self) -> EvaluationLoader | list[Any]:
+        """The batches of `test_path`."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> list[list[Conversation]]:
+        """Conversations of `predict_path`, as their profile makes them, a batch at a time."""
+        rows = [item for item in self.split("predict").conversations() if not isinstance(item, BadRow)]
+        conversations = [{**conversation, "origin": f"{row.file}:{row.line}"} for row, conversation in rows]
+        return [conversations[i : i + self.batch_size] for i in range(0, len(conversations), self.batch_size)]
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch without waiting for the device."""
+        return batch.to(device) if isinstance(batch, Batch) else batch
+
+    # ------------------------------------------------------------------------------------------------- our own
+
+    @property
+    def data_seed(self) -> int:
+        """`seed`, or the run's."""
+        return self.default_seed if self.seed is None else self.seed
+
+    def conversations(self, count: int) -> tuple[list[Conversation], Literal["val", "train"]]:
+        """The first conversations to show previews of, and the split they come from: validation, else training."""
+        for name in ("val", "train"):
+            if name in self.stores and len(self.stores[name]):
+                good = (item[1] for item in self.split(name).conversations() if not isinstance(item, BadRow))
+                return list(islice((c for c in good if "messages" in c), count)), name  # type: ignore[return-value]
+        return [], "train"
+
+    def rendered_system_prompt(self) -> str | None:
+        """The system prompt of every conversation of this run."""
+        prompt = self.profile.system_prompt_template if self.system_prompt is None else self.system_prompt
+        return self.profile.render_system_prompt(prompt, self.run_date) if prompt else None
+
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of what may not change when a run is resumed: data, tokenizer, template, profile."""
+        names = [name for name in ("train", "val") if name in self._splits]
+        digests = [source.digest() for name in names for source in self.split(name).files]
+        plan = [self.data_seed, self.max_length, self.min_length, self.packing, self.batch_size, self.val_fraction]
+        data = json.dumps([digests, plan, self.val_max_rows, self.loss_on, self.on_long_row, self.system_prompt])
+        return {"data": _sha(data), **recipe_hashes(self._tokenizer(), self.profile)}
+
+    def split(self, name: str) -> Split:
+        """One split; made when first asked for.
+
+        Raises:
+            InputError: The command needs a path that is not given, or a file that is not there.
+        """
+        if name not in self._splits:
+            self._splits[name] = self._make_split(name)
+        return self._splits[name]
+
+    def check(self) -> None:
+        """Refuse too many bad rows and an empty training split.
+
+        Raises:
+            InputError: See above; the message counts the reasons.
+        """
+        for name, store in self.stores.items():
+            report = store.ledger["report"]
+            bad, read = report["bad"], report["read"]
+            if bad > self.max_bad_fraction * read:
+                raise InputError(
+                    f"{bad} of {read} {name} rows cannot be used, more than max_bad_fraction "
+                    f"{self.max_bad_fraction:g} allows; quarantine.jsonl lists them all\n{_first_faults(store)}",
+                    key="data.max_bad_fraction",
+                )
+            if name in ("train", "test") and not len(store):
+                raise InputError(f"no {name} row is left of {read}\n{_first_faults(store)}", key=f"data.{name}_path")
+            self._warn_of_drops(name, report)
+
+    def write_reports(self, directory: Path) -> None:
+        """Write `data_report.json` and `quarantine.jsonl`."""
+        directory.mkdir(parents=True, exist_ok=True)
+        report = {name: store.ledger["report"] for name, store in self.stores.items()}
+        (directory / "data_report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        lines = [
+            json.dumps({"split": name, **fault}, ensure_ascii=False) + "\n"
+            for name, store in self.stores.items()
+            for fault in store.ledger["faults"]
+        ]
+        (directory / "quarantine.jsonl").write_text("".join(lines), encoding="utf-8")
+
+    # ------------------------------------------------------------------------------------------------- helpers
+
+    def _needed(self) -> list[str]:
+        fn = self.trainer.state.fn.value if self.trainer is not None and self.trainer.state.fn else "fit"
+        has_val = self.paths["val"] is not None or (self.val_fraction > 0 and self.val_max_rows > 0)
+        val = ["val"] if has_val else []
+        return {"fit": ["train", *val], "validate": val, "test": ["test"], "predict": []}[fn]
+
+    def _make_split(self, name: str) -> Split:
+        paths = self.paths[name]
+        share, counts_unreadable = Share(), True
+        carved = name in ("train", "val") and self.paths["val"] is None and self.val_fraction > 0
+        if name == "val" and carved:
+            paths, counts_unreadable = self.paths["train"], False
+        if paths is None:
+            raise InputError(f"this command reads data.{name}_path, which is not set", key=f"data.{name}_path")
+        files = sources(paths, f"data.{name}_path")
+        if carved:
+            bound = validation_bound(files, self.data_seed, self.val_fraction, self.val_max_rows)
+            share = Share(0, bound) if name == "val" else Share(bound, 2**64)
+        return Split(name, files, share, self._recipe(), counts_unreadable)
+
+    def _recipe(self) -> Recipe:
+        return Recipe(
+            tokenizer=self._tokenizer(),
+            profile=self.profile,
+            system_prompt=self.rendered_system_prompt(),
+            system_prompt_mode=self.system_prompt_mode,
+            seed=self.data_seed,
+            max_length=self.max_length,
+            min_length=self.min_length,
+            loss_on=self.loss_on,
+            on_long_row=self.on_long_row,
+        )
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            if self.trainer is None:
+                raise RuntimeError("set `tokenizer` on the data module, or hand it to a Trainer with its model")
+            self.tokenizer = self.trainer.lightning_module.tokenizer
+        assert self.tokenizer is not None
+        return self.tokenizer
+
+    def _build(self, name: str, show_progress: bool) -> TokenStore:
+        split = self.split(name)
+        store = split.build(self._cache() / split.digest(), self.on_bad_row, show_progress)
+        if show_progress:
+            report = store.ledger["report"]
+            rank_zero_info(
+                f"{name}: {report['kept']} of {report['read']} rows, {report['tokens']} tokens, "
+                f"{report['trained_tokens']} of them trained on"
+            )
+        return store
+
+    def _cache(self) -> Path:
+        if self.cache_dir is not None:
+            return Path(self.cache_dir)
+        import datasets
+
+        return Path(datasets.config.HF_DATASETS_CACHE) / "lightning_trainer"
+
+    def _collator(self, name: str) -> Collator:
+        return Collator(self.stores[name], self.packing, int(self._tokenizer().pad_token_id or 0))
+
+    def _evaluation_loader(self, name: str) -> EvaluationLoader | list[Any]:
+        store = self.stores.get(name)
+        if store is None or not len(store):
+            return []
+        assert self.trainer is not None
+        pack_to = max(self.max_length, int(store.lengths.max())) if self.packing else None
+        layout = Layout(self.batch_size, world_size=self.trainer.world_size, pack_to=pack_to, shuffle=False)
+        collate = self._collator(name)
+        return EvaluationLoader(collate, layout, self.trainer.global_rank, self.num_workers, self._pin_memory)
+
+    @property
+    def _pin_memory(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
+    def _warn_of_drops(self, name: str, report: dict[str, Any]) -> None:
+        dropped = report["too_long"] + report["too_short"]
+        if dropped > DROPPED_WARNING * report["read"]:
+            rank_zero_warn(
+                f"{name}: {report['too_long']} rows over max_length {self.max_length} and {report['too_short']} under "
+                f"min_length {self.min_length} were dropped, of {report['read']}; quarantine.jsonl lists them"
+            )
+
+
+def _check_range(key: str, value: float, low: float, high: float | None = None) -> None:
+    if value < low or (high is not None and value > high):
+        span = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise InputError(f"must be {span}, not {value}", key=key)
+
+
+def _first_faults(store: TokenStore, count: int = 5) -> str:
+    faults: Sequence[dict[str, Any]] = store.ledger["faults"]
+    lines = [f"  {fault['file']}:{fault['line']}: {fault['reason']}" for fault in faults[:count]]
+    more = [f"  and {len(faults) - count} more"] if len(faults) > count else []
+    return "\n".join(lines + more)
+
+
+def _sha(text: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(text.encode()).hexdigest()

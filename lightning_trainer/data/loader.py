@@ -1,0 +1,112 @@
+"""A loader whose order is planned: its whole state is (epoch, position)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_trainer.data.collate import Collator
+from lightning_trainer.data.sampler import EpochPlan, Layout, plan_epoch
+from lightning_trainer.types import Batch, InputError
+
+
+class _Planned(Dataset[Batch]):
+    """The micro-batches of one epoch, by number."""
+
+    def __init__(self, collate: Collator, plan: EpochPlan, rank: int) -> None:
+        self.collate, self.plan, self.rank = collate, plan, rank
+
+    def __getitem__(self, batch: int) -> Batch:
+        return self.collate(self.plan.examples(batch, self.rank), int(self.plan.step_tokens[batch]))
+
+
+class PlannedLoader:
+    """Iterates over the planned micro-batches of this rank.
+
+    Each `iter()` goes on where the last one stopped; at the end of an epoch the next begins. How many workers make
+    the batches does not change them: a run may be resumed with another number.
+
+    Args:
+        collate: Makes a batch from example numbers.
+        layout: How the split is laid out.
+        rank: Whose part.
+        num_workers: Processes that make batches ahead; 0 makes them in this one.
+        pin_memory: Whether batches are made in page-locked memory.
+
+    Attributes:
+        wait_seconds: Time spent waiting for batches so far.
+    """
+
+    def __init__(
+        self, collate: Collator, layout: Layout, rank: int = 0, num_workers: int = 0, pin_memory: bool = False
+    ) -> None:
+        self.collate, self.layout, self.rank = collate, layout, rank
+        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.epoch, self.position = 0, 0
+        self.wait_seconds = 0.0
+        self.plan: Callable[[int], EpochPlan] = lru_cache(maxsize=2)(self._plan)
+
+    def _plan(self, epoch: int) -> EpochPlan:
+        store = self.collate.store
+        return plan_epoch(store.lengths, store.trained, self.layout, epoch)
+
+    def __len__(self) -> int:
+        return len(self.plan(self.epoch))
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.position >= len(self):
+            self.epoch, self.position = self.epoch + 1, 0
+        batches = iter(self._batches(_Planned(self.collate, self.plan(self.epoch), self.rank)))
+        for _ in range(self.position, len(self)):
+            asked = time.perf_counter()
+            batch = next(batches)
+            self.wait_seconds += time.perf_counter() - asked
+            self.position += 1
+            yield batch
+
+    def _batches(self, planned: _Planned) -> Any:
+        left = range(self.position, len(planned.plan))
+        if not self.num_workers and not self.pin_memory:
+            return (planned[batch] for batch in left)
+        # A generator of its own: a DataLoader otherwise draws its workers' seed from the one that training uses.
+        return DataLoader(
+            planned,
+            batch_size=None,
+            sampler=left,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            generator=torch.Generator(),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch will be taken from, and under which layout that is meant."""
+        return {"epoch": self.epoch, "position": self.position, "layout": vars(self.layout)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved place.
+
+        Raises:
+            InputError: Batches are laid out otherwise than when the place was saved, so it means other rows now.
+        """
+        mine, saved = vars(self.layout), state["layout"]
+        changed = [name for name in mine if name != "limit" and mine[name] != saved.get(name)]
+        if changed and state["position"]:
+            both = ", ".join(f"{name} was {saved.get(name)} and is {mine[name]}" for name in changed)
+            raise InputError(
+                f"the checkpoint stands in the middle of an epoch laid out otherwise: {both}; resume with the old "
+                "values, or start a new run from these weights with model.pretrained: CHECKPOINT"
+            )
+        self.epoch, self.position = state["epoch"], state["position"]
+
+
+class EvaluationLoader(PlannedLoader):
+    """The same batches from the first to the last, every time; nothing to resume."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.epoch, self.position = 0, 0
+        return super().__iter__()

@@ -1,0 +1,202 @@
+"""Read rows from the user's files: JSONL, JSON arrays, parquet, Hub data sets.
+
+Our own reader stands before `datasets` because its JSON loader dies at the first bad line without saying which.
+A row that cannot be read is a `BadRow` with file, line and reason; only a file that cannot be read at all raises.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_trainer.types import InputError
+
+JSON_LINES = (".jsonl", ".ndjson")
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """One row as it was read.
+
+    Attributes:
+        file: The path as the user gave it, or the Hub id.
+        line: 1-based line of the file; the row number for parquet and Hub data sets.
+        data: The row's columns.
+    """
+
+    file: str
+    line: int
+    data: dict[str, Any]
+
+    @property
+    def identity(self) -> int:
+        """64 bits of the row's content: the same wherever the row stands, in whatever file."""
+        text = json.dumps(self.data, sort_keys=True, ensure_ascii=False, default=str)
+        return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used, and why."""
+
+    file: str
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file, or one Hub data set (`owner/name[:config][/split]`).
+
+    Attributes:
+        name: As the user gave it.
+        path: None for a Hub data set.
+    """
+
+    name: str
+    path: Path | None
+
+    def digest(self) -> str:
+        """sha256 of the file; for a Hub data set, of what `datasets` calls its fingerprint."""
+        if self.path is None:
+            return str(_load_hub(self.name)._fingerprint)
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sources(spec: str | Sequence[str], key: str) -> list[Source]:
+    """The files or data sets that `spec` names.
+
+    Raises:
+        InputError: A file is not there.
+    """
+    names = [spec] if isinstance(spec, str) else list(spec)
+    if not names:
+        raise InputError("an empty list of files", key=key)
+    return [_source(name, key) for name in names]
+
+
+def _source(name: str, key: str) -> Source:
+    path = Path(name).expanduser()
+    if path.is_file():
+        return Source(name, path)
+    if path.is_dir():
+        raise InputError(f"{name!r} is a directory; name its files, as a list", key=key)
+    looks_like_hub_id = 1 <= name.count("/") <= 2 and not path.suffix and not path.is_absolute() and name[0] not in ".~"
+    if looks_like_hub_id and not path.parent.is_dir():
+        return Source(name, None)
+    raise InputError(f"there is no data file {name!r}{_nearest_file(path)}", key=key)
+
+
+def _nearest_file(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f" (nor a directory {str(path.parent)!r})"
+    names = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_file()], n=1)
+    return f"; did you mean {str(path.parent / names[0])!r}?" if names else ""
+
+
+def read(source: Source) -> Iterator[RawRow | BadRow]:
+    """Every row of one source, in its order.
+
+    Raises:
+        InputError: The file as a whole is no JSON, JSONL or parquet.
+    """
+    if source.path is None:
+        yield from _read_hub(source.name)
+    elif source.path.suffix == ".parquet":
+        yield from _read_parquet(source.name, source.path)
+    elif source.path.suffix in JSON_LINES or not _starts_an_array(source.path):
+        yield from _read_json_lines(source.name, source.path)
+    else:
+        yield from _read_json_array(source.name, source.path)
+
+
+def _starts_an_array(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
+
+
+def _read_json_lines(name: str, path: Path) -> Iterator[RawRow | BadRow]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield _parse_line(name, number, line)
+
+
+def _parse_line(name: str, number: int, line: bytes) -> RawRow | BadRow:
+    try:
+        data = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        return BadRow(name, number, f"not UTF-8: byte {line[error.start]:#04x} at column {error.start + 1}")
+    except json.JSONDecodeError as error:
+        return BadRow(name, number, f"not JSON: {error.msg} at column {error.colno}")
+    except RecursionError:
+        return BadRow(name, number, "not usable: JSON nested too deeply")
+    return _row_or_bad(name, number, data)
+
+
+def _row_or_bad(name: str, number: int, data: object) -> RawRow | BadRow:
+    if not isinstance(data, dict):
+        return BadRow(name, number, f"a row must be a JSON object, not {type(data).__name__}")
+    return RawRow(name, number, data)
+
+
+def _read_json_array(name: str, path: Path) -> Iterator[RawRow | BadRow]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name}: not UTF-8 at byte {error.start}") from error
+    decoder, place, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
+    while True:
+        place = _skip(text, place, " \t\r\n,")
+        if text[place : place + 1] == "]":
+            return
+        line, counted = line + text.count("\n", counted, place), place
+        try:
+            data, place = decoder.raw_decode(text, place)
+        except (json.JSONDecodeError, RecursionError) as error:
+            # What follows a break in an array cannot be told apart into rows.
+            raise InputError(f"{name}:{line}: this JSON array breaks in the row that starts here: {error}") from error
+        yield _row_or_bad(name, line, data)
+
+
+def _skip(text: str, place: int, characters: str) -> int:
+    while place < len(text) and text[place] in characters:
+        place += 1
+    return place
+
+
+def _read_parquet(name: str, path: Path) -> Iterator[RawRow | BadRow]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise InputError(f"{name}: not a parquet file: {error}") from error
+    number = 0
+    for batch in file.iter_batches():
+        for data in batch.to_pylist():
+            number += 1
+            yield RawRow(name, number, {key: value for key, value in data.items() if value is not None})
+
+
+def _load_hub(name: str) -> Any:
+    import datasets
+
+    repository, _, split = name.partition(":")[0].rpartition("/") if name.count("/") == 2 else (name, "", "train")
+    repository, _, config = (repository if ":" in repository else name.removesuffix(f"/{split}")).partition(":")
+    try:
+        return datasets.load_dataset(repository, config or None, split=split)
+    except (OSError, ValueError) as error:
+        raise InputError(f"there is no file {name!r}, and no such data set on the Hub: {error}") from error
+
+
+def _read_hub(name: str) -> Iterator[RawRow | BadRow]:
+    for number, data in enumerate(_load_hub(name), start=1):
+        yield RawRow(name, number, {key: value for key, value in dict(data).items() if value is not None})

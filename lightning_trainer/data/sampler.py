@@ -1,0 +1,98 @@
+"""Which rows make a batch, in which order: a pure function of (seed, epoch).
+
+Every rank computes the same plan and takes its part of it, so the data order needs no communication, does not depend
+on how many micro-batches or ranks an optimizer step is split into, and resumes from two numbers.
+
+    rows of the epoch, shuffled:   r0 r1 r2 r3 | r4 r5 r6 r7 | r8
+    batch_size 2, 2 ranks:         rank 0: (r0 r1) (r4 r5) (r8)     rank 1: (r2 r3) (r6 r7) ()
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lightning_trainer.data.packing import Ints, Rows, best_fit, one_per_row
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a split is laid out into batches.
+
+    Args:
+        batch_size: Rows per rank and micro-batch.
+        accumulate: Micro-batches per optimizer step.
+        world_size: Ranks.
+        pack_to: Tokens of a packed row; None gives each example its own row.
+        shuffle: False keeps the order of the data, in every epoch.
+        seed: Of the order.
+        limit: Most micro-batches of an epoch; None for all.
+    """
+
+    batch_size: int
+    accumulate: int = 1
+    world_size: int = 1
+    pack_to: int | None = None
+    shuffle: bool = True
+    seed: int = 0
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """One epoch: its rows in order, and what each optimizer step trains on.
+
+    Attributes:
+        rows: Every row of the epoch.
+        step_tokens: For each micro-batch, the trained tokens of the whole optimizer step it belongs to.
+    """
+
+    layout: Layout
+    rows: Rows
+    step_tokens: Ints
+
+    def __len__(self) -> int:
+        return len(self.step_tokens)
+
+    def examples(self, batch: int, rank: int) -> Ints:
+        """Examples of one rank's micro-batch; empty where the last rows do not reach this rank."""
+        size, world = self.layout.batch_size, self.layout.world_size
+        first, last = batch * size * world, min((batch + 1) * size * world, len(self.rows))
+        if last - first == size * world:
+            mine = range(first + rank * size, first + (rank + 1) * size)
+        else:
+            mine = range(first + rank, last, world)
+        return np.concatenate([self.rows[row] for row in mine]) if len(mine) else np.empty(0, dtype=np.int64)
+
+
+def plan_epoch(lengths: Ints, trained: Ints, layout: Layout, epoch: int) -> EpochPlan:
+    """Lay out one epoch.
+
+    Args:
+        lengths: Tokens of each example.
+        trained: Trained tokens of each example.
+        layout: How rows and batches are made.
+        epoch: From 0; without effect unless the layout shuffles.
+    """
+    rng = np.random.default_rng([layout.seed, epoch])
+    examples = np.arange(len(lengths))
+    if layout.shuffle:
+        examples = rng.permutation(examples)
+    rows = one_per_row(examples) if layout.pack_to is None else best_fit(lengths, layout.pack_to, examples)
+    if layout.shuffle:
+        rows = rows.take(rng.permutation(len(rows)))
+    return EpochPlan(layout, rows, _step_tokens(rows.sums(trained), layout))
+
+
+def _step_tokens(row_tokens: Ints, layout: Layout) -> Ints:
+    group = layout.batch_size * layout.world_size
+    batches = -(-len(row_tokens) // group)
+    batches = batches if layout.limit is None else min(batches, layout.limit)
+    if not batches:
+        return np.empty(0, dtype=np.int64)
+    per_batch = np.add.reduceat(row_tokens, np.arange(0, batches * group, group)[:batches])
+    if batches * group < len(row_tokens):
+        per_batch[-1] = row_tokens[(batches - 1) * group : batches * group].sum()
+    windows = np.add.reduceat(per_batch, np.arange(0, batches, layout.accumulate))
+    return np.repeat(windows, layout.accumulate)[:batches]

@@ -1,0 +1,166 @@
+"""Generate answers: token ids in, token ids out. The local backend, the preview worker and `predict` all call it."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lightning_trainer.types import FinishReason, PreviewRequest, SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MAX_ROWS = 32
+"""Prompts generated at once; more are split, so that the KV cache stays bounded."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Answer to one prompt.
+
+    Attributes:
+        token_ids: Generated tokens, the stop token included.
+        finish_reason: `non_finite` when the logits became NaN or Inf: the weights have diverged.
+        seconds: Wall time of the batch this prompt was generated in.
+    """
+
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    seconds: float
+
+
+def generate(
+    model: PreTrainedModel, requests: Sequence[PreviewRequest], sampling: SamplingParams
+) -> list[Generation]:
+    """Answer every request, in order.
+
+    The model is left as it was found: flags, attention, random generators. Greedy answers do not depend on which
+    prompts share a batch. Sampled ones depend on the seed and on the order of the prompts.
+
+    Args:
+        model: On any device; its weights are only read.
+        requests: Prompts of any lengths; shorter ones are padded on the left.
+        sampling: For all prompts alike.
+    """
+    answers: list[Generation] = []
+    with quiet(model), torch.random.fork_rng(devices=_cuda_devices(model)):
+        torch.manual_seed(sampling.seed)
+        for start in range(0, len(requests), MAX_ROWS):
+            answers += _generate_batch(model, requests[start : start + MAX_ROWS], sampling)
+    return answers
+
+
+def _generate_batch(
+    model: PreTrainedModel, requests: Sequence[PreviewRequest], sampling: SamplingParams
+) -> list[Generation]:
+    from transformers import GenerationConfig
+
+    from lightning_trainer.logits_rules import RuleProcessor
+
+    started = time.perf_counter()
+    pad = sampling.stop_token_ids[0] if sampling.stop_token_ids else 0
+    input_ids, attention_mask = _left_pad([request.prompt_ids for request in requests], pad, model.device)
+    finite = _FiniteGuard(len(requests))
+    greedy = sampling.temperature == 0
+    config = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=not greedy,
+        temperature=1.0 if greedy else sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        # Said, not left out: what is left out is taken from the model's own generation config.
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        eos_token_id=list(sampling.stop_token_ids) or None,
+        pad_token_id=pad,
+        use_cache=True,
+    )
+    processors: list[Any] = [finite]
+    if any(request.rules for request in requests):
+        processors.append(RuleProcessor([request.rules for request in requests], input_ids.shape[1]))
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids, attention_mask=attention_mask, generation_config=config, logits_processor=processors
+        )
+    rows = output[:, input_ids.shape[1] :].tolist()
+    seconds = time.perf_counter() - started
+    broken = finite.broken.tolist()
+    return [_finish(row, bad, sampling, seconds) for row, bad in zip(rows, broken, strict=True)]
+
+
+def _finish(row: list[int], broken: bool, sampling: SamplingParams, seconds: float) -> Generation:
+    if broken:
+        return Generation((), "non_finite", seconds)
+    for place, token in enumerate(row):
+        if token in sampling.stop_token_ids:
+            return Generation(tuple(row[: place + 1]), "eos", seconds)
+    return Generation(tuple(row), "length", seconds)
+
+
+def _left_pad(
+    prompts: Sequence[Sequence[int]], pad: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, T) int64 ids and mask, prompts ending at the same column."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids.to(device), mask.to(device)
+
+
+class _FiniteGuard:
+    """A logits processor that notes rows with NaN or Inf and keeps sampling from raising on them."""
+
+    def __init__(self, rows: int) -> None:
+        self.broken = torch.zeros(rows, dtype=torch.bool)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        bad = ~torch.isfinite(scores).all(dim=-1)
+        self.broken = self.broken.to(scores.device) | bad
+        return torch.where(bad[:, None], torch.zeros_like(scores), scores)
+
+
+@contextmanager
+def quiet(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode without leaving a trace.
+
+    Within: every module in eval mode, dropout and gradient checkpointing off, plain SDPA (ours knows only packed
+    rows: a cached decode through it would return other tokens), KV cache on. After: each module's own flag, the
+    attention, the cache switch and the random generators of Python, numpy and torch as they were.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    checkpointing = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    attn, use_cache = model.config._attn_implementation, model.config.use_cache
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    model.eval()
+    for module in checkpointing:
+        module.gradient_checkpointing = False
+    _set_attention(model, "sdpa" if attn.startswith("lightning_trainer") else attn)
+    model.config.use_cache = True
+    try:
+        yield
+    finally:
+        model.config.use_cache = use_cache
+        _set_attention(model, attn)
+        for module in checkpointing:
+            module.gradient_checkpointing = True
+        for module, training in flags:
+            module.training = training
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+
+
+def _set_attention(model: PreTrainedModel, name: str) -> None:
+    if model.config._attn_implementation != name:
+        model.set_attn_implementation(name)
+
+
+def _cuda_devices(model: PreTrainedModel) -> list[torch.device]:
+    return [model.device] if model.device.type == "cuda" else []

@@ -1,0 +1,281 @@
+"""CausalLMModule: batch -> loss -> update."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import lightning
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_trainer import pretrained as hub
+from lightning_trainer.model import attention, loss, probe
+from lightning_trainer.model.optim import CompensatedAdamW
+from lightning_trainer.model.schedule import StepSchedule, WarmupCosine
+from lightning_trainer.precision import SingleDtypePrecision
+from lightning_trainer.types import Batch, InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class CausalLMModule(lightning.LightningModule):
+    """A causal language model of transformers, trained on the sum of nats over the trained tokens of an optimizer step.
+
+    Args:
+        pretrained: Directory or Hub id of the model.
+        from_scratch: Random weights from the configuration found at `pretrained`, instead of its weights.
+        tokenizer: Directory or Hub id; null: the one at `pretrained`.
+        attn_implementation: auto: for packed rows attention within each example, else sdpa; any name that
+            transformers knows is taken as it is.
+        gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
+        loss: chunked never holds all logits; full does. The number is the same.
+        optimizer: CompensatedAdamW, or any of torch's by its name.
+        lr_scheduler: WarmupCosine, WarmupStableDecay, WarmupConstant or one of torch's; stepped every optimizer step.
+
+    Attributes:
+        step_nats: Sum of nats of the optimizer step in progress; fp32, on the device.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        from_scratch: bool = False,
+        tokenizer: str | None = None,
+        attn_implementation: str = "auto",
+        gradient_checkpointing: bool = False,
+        loss: loss.LossName = "chunked",
+        optimizer: OptimizerCallable = CompensatedAdamW,
+        lr_scheduler: LRSchedulerCallable = WarmupCosine,
+    ) -> None:
+        super().__init__()
+        self.pretrained, self.from_scratch, self.tokenizer_name = pretrained, from_scratch, tokenizer
+        self.attn_implementation, self.gradient_checkpointing = attn_implementation, gradient_checkpointing
+        self.loss_name = loss
+        self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
+        self.model: PreTrainedModel | None = None
+        self.step_nats = torch.zeros(())
+        self._evaluated: list[tuple[Tensor, Tensor, int]] = []
+
+    # --------------------------------------------------------------------------------------------------- the model
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that belongs to the model."""
+        if self.tokenizer_name is None:
+            return hub.load_tokenizer(self.pretrained, "model.pretrained")
+        return hub.load_tokenizer(self.tokenizer_name)
+
+    def configure_model(self) -> None:
+        """Build the model in the run's dtype; once."""
+        if self.model is not None:
+            return
+        attention.register()
+        self.model = hub.load_model(
+            self.pretrained, self._run_dtype(), from_scratch=self.from_scratch, attn_implementation=self._attention()
+        )
+        hub.check_tokenizer_fits(self.tokenizer, self.model)
+        self.model.train()
+        if self.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        why = loss.why_not_chunked(self.model)
+        if self.loss_name == "chunked" and why is not None:
+            rank_zero_warn(f"model.loss: {type(self.model).__name__} takes `full` instead of `chunked`: {why}")
+            self.loss_name = "full"
+
+    def _run_dtype(self) -> torch.dtype:
+        plugin = self.trainer.precision_plugin
+        if not isinstance(plugin, SingleDtypePrecision):
+            raise InputError(
+                f"the Trainer's precision plugin is {type(plugin).__name__}; from Python, give "
+                "Trainer(plugins=[SingleDtypePrecision('bf16-true')]) and no `precision`",
+                key="trainer.precision",
+            )
+        return plugin.dtype
+
+    def _attention(self) -> str:
+        if self.attn_implementation != "auto":
+            return self.attn_implementation
+        return attention.PACKED if self._packs() else "sdpa"
+
+    def _packs(self) -> bool:
+        return bool(getattr(getattr(self.trainer, "datamodule", None), "packing", False))
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The model, once it is built."""
+        if self.model is None:
+            raise RuntimeError("the model is built by configure_model(), when the trainer starts")
+        return self.model
+
+    def on_fit_start(self) -> None:
+        """Refuse a model whose packed rows leak, before the first step."""
+        if self._packs():
+            probe.refuse_leaks(self.causal_lm)
+
+    # ---------------------------------------------------------------------------------------------------- training
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits of every token.
+
+        Returns:
+            (B, T, V).
+        """
+        logits: Tensor = self.causal_lm(**self._inputs(batch)).logits
+        return logits
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        inputs: dict[str, Any] = {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            "position_ids": batch.position_ids,
+            "use_cache": False,
+        }
+        if self.causal_lm.config._attn_implementation == attention.PACKED:
+            inputs["example_lengths"] = batch.example_lengths
+        return inputs
+
+    def nats(self, batch: Batch) -> Tensor:
+        """Sum of nats over the trained tokens of a batch; fp32 scalar."""
+        if self.loss_name == "full":
+            logits = self(batch).flatten(0, 1)[batch.predict_at]
+            return loss.nats_from_logits(logits, batch.targets)
+        head = self.causal_lm.get_output_embeddings()
+        return loss.nats_chunked(self._hidden(batch), head.weight, head.bias, batch.targets)
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        """(N, C) hidden states that predict the trained tokens."""
+        hidden: Tensor = self.causal_lm.base_model(**self._inputs(batch)).last_hidden_state
+        return hidden.flatten(0, 1)[batch.predict_at]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Nats over the trained tokens of the whole optimizer step.
+
+        Lightning divides by the micro-batches of a step and averages over ranks; what it divides by is put on here,
+        so gradients add up to the gradient of (all nats) / (all trained tokens), whatever the split.
+        """
+        nats = self.nats(batch)
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.step_nats = torch.zeros_like(nats, requires_grad=False)
+        self.step_nats = self.step_nats + nats.detach()
+        return nats * (self.trainer.accumulate_grad_batches * self.trainer.world_size / batch.step_tokens)
+
+    # -------------------------------------------------------------------------------------------------- evaluation
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add up nats and right guesses of one batch."""
+        self._evaluated.append((*self._evaluate(batch), len(batch.targets)))
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """The same on the test split."""
+        self.validation_step(batch, batch_idx)
+
+    def _evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        if self.loss_name == "full":
+            logits = self(batch).flatten(0, 1)[batch.predict_at]
+            return loss.nats_from_logits(logits, batch.targets), (logits.argmax(-1) == batch.targets).sum()
+        head = self.causal_lm.get_output_embeddings()
+        return loss.evaluate_tokens(self._hidden(batch), head.weight, head.bias, batch.targets)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log val/loss, val/perplexity and val/token_accuracy over all ranks."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """The same as test/*."""
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, name: str) -> None:
+        evaluated, self._evaluated = self._evaluated, []
+        if not evaluated:
+            return
+        nats, right, tokens = zip(*evaluated, strict=True)
+        sums = torch.stack([torch.stack(nats).double().sum(), torch.stack(right).sum().double()])
+        sums = torch.cat([sums, sums.new_tensor([float(sum(tokens))])])
+        sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        mean = (sums[0] / sums[2]).float()
+        metrics = {
+            f"{name}/loss": mean,
+            f"{name}/perplexity": mean.exp(),
+            f"{name}/token_accuracy": (sums[1] / sums[2]).float(),
+        }
+        # Lightning's own step is one short of ours: the loggers get the numbers from here.
+        self.log_dict(metrics, logger=False, prog_bar=name == "val", rank_zero_only=False)
+        for logger in self.trainer.loggers:
+            logger.log_metrics({key: float(value) for key, value in metrics.items()}, step=self.trainer.global_step)
+
+    # ---------------------------------------------------------------------------------------------- optimizer, state
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer and a schedule stepped once per optimizer step.
+
+        Raises:
+            InputError: An optimizer or scheduler that refuses its arguments, or that 16-true would break.
+        """
+        trained = [p for p in self.parameters() if p.requires_grad]
+        try:
+            optimizer = self.make_optimizer(trained)
+        except (ValueError, TypeError) as error:
+            raise InputError(str(error), key="model.optimizer") from error
+        self._check_optimizer(optimizer)
+        try:
+            scheduler = self.make_scheduler(optimizer)
+        except (ValueError, TypeError) as error:
+            raise InputError(str(error), key="model.lr_scheduler") from error
+        if isinstance(scheduler, StepSchedule):
+            scheduler.fit_to(int(self.trainer.estimated_stepping_batches))
+        self._fresh = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _check_optimizer(self, optimizer: Optimizer) -> None:
+        dtype, name = self._run_dtype(), type(optimizer).__name__
+        if isinstance(optimizer, CompensatedAdamW):
+            return
+        if dtype == torch.float16:
+            raise InputError(
+                f"{name} keeps fp16 moments under 16-true, in which squares of gradients are 0; take "
+                "CompensatedAdamW (fp32 moments) or trainer.precision: bf16-true",
+                key="model.optimizer",
+            )
+        if dtype == torch.bfloat16:
+            rank_zero_warn(
+                f"model.optimizer: {name} rounds bf16 weights to nearest: updates smaller than half a bf16 step are "
+                "lost (four of five weights at lr 1e-5); CompensatedAdamW loses none"
+            )
+
+    def on_train_start(self) -> None:
+        """Let what the user writes win over what a checkpoint remembers: rates, betas, decay."""
+        if self._run_dtype() == torch.float16:
+            rank_zero_warn("16-true skips steps that overflow and counts them; bf16-true needs no such care")
+        optimizer = self.trainer.optimizers[0]
+        for group, fresh in zip(optimizer.param_groups, self._fresh, strict=True):
+            scheduled = {"lr": group["lr"]}
+            group.update({**fresh, **scheduled})
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, StepSchedule):
+                config.scheduler.base_lrs = [group.get("initial_lr", group["lr"]) for group in self._fresh]
+                config.scheduler.apply()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the weights to `save_pretrained`: a checkpoint is a directory that transformers loads.
+
+        The CheckpointIO writes what stands under `pretrained` before the rest.
+        """
+        checkpoint.pop("state_dict")
+        model, tokenizer = self.causal_lm, self.tokenizer
+        checkpoint["pretrained"] = lambda directory: hub.save_pretrained(model, tokenizer, directory)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the weights from the checkpoint's directory."""
+        weights = hub.load_state_dict(checkpoint["directory"], self.causal_lm)
+        checkpoint["state_dict"] = {f"model.{name}": value for name, value in weights.items()}
+
+    # ----------------------------------------------------------------------------------------------------- predict
+
+    def predict_step(self, batch: list[dict[str, Any]], batch_idx: int) -> list[dict[str, Any]]:
+        """Left to the callback that writes predictions: it knows the sampling and the prompts."""
+        return batch

@@ -1,0 +1,101 @@
+"""Cross entropy over the trained tokens: the sum of nats, in fp32.
+
+Two ways to the same number. `full` lets the model make its logits. `chunked` takes the hidden states of the trained
+tokens to the output layer a chunk at a time and recomputes each chunk in the backward pass, so the (tokens, vocabulary)
+logits never exist; it knows hidden states and one matrix only, so a model that does more to its logits takes `full`.
+
+Shapes: N trained tokens, C hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+LossName = Literal["chunked", "full"]
+
+CHUNK = 256
+"""Tokens whose logits exist at once: 256 x 151,936 fp32 logits are 156 MB."""
+
+_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+
+
+def why_not_chunked(model: PreTrainedModel) -> str | None:
+    """Why `chunked` would not be this model's loss, or None where it is."""
+    head = model.get_output_embeddings()
+    if head is None or not isinstance(head, torch.nn.Linear):
+        return f"its output layer is {type(head).__name__}, not Linear"
+    config = model.config.get_text_config()
+    for name in _LOGIT_TRANSFORMS:
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            return f"it transforms its logits ({name}={getattr(config, name)})"
+    return None
+
+
+def nats_from_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum of nats.
+
+    Args:
+        logits: (N, V), of any float dtype.
+        targets: (N,) int64.
+
+    Returns:
+        fp32 scalar.
+    """
+    # fp32: a bf16 log-softmax is off by up to 0.03 nats a token
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def nats_chunked(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """Sum of nats without ever holding all logits.
+
+    Args:
+        hidden: (N, C).
+        weight: (V, C), of the output layer.
+        bias: (V,) or None.
+        targets: (N,) int64.
+
+    Returns:
+        fp32 scalar; 0, with a gradient of zero, where N is 0.
+    """
+    if not len(targets):
+        return hidden.sum().float() * 0 + weight.sum().float() * 0
+    if hasattr(F, "linear_cross_entropy") and bias is None:
+        return _linear_cross_entropy(hidden, weight, targets)
+    total = torch.zeros((), device=hidden.device)
+    for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+        total = total + checkpoint(_chunk_nats, h, weight, bias, t, use_reentrant=False)
+    return total
+
+
+def _chunk_nats(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    return nats_from_logits(F.linear(hidden, weight, bias), targets)
+
+
+def _linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """torch 2.13's own chunked loss.
+
+    Its options by default run 3 to 5 times slower than full logits, and its own sum is rounded to the dtype of
+    `hidden`: so the chunks are named and the tokens' nats are summed here.
+    """
+    options = torch.nn.LinearCrossEntropyOptions(  # type: ignore[attr-defined]
+        batch_chunk_size=CHUNK, chunking_method=None, acc_policy="accurate", acc_dtype=torch.float32
+    )
+    nats = F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options)
+    return nats.float().sum()
+
+
+@torch.no_grad()
+def evaluate_tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of nats (fp32) and count of tokens guessed right (int64), a chunk of logits at a time."""
+    nats, right = torch.zeros((), device=hidden.device), torch.zeros((), dtype=torch.int64, device=hidden.device)
+    for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+        logits = F.linear(h, weight, bias)
+        nats += nats_from_logits(logits, t)
+        right += (logits.argmax(-1) == t).sum()
+    return nats, right

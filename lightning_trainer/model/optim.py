@@ -1,0 +1,160 @@
+"""CompensatedAdamW: AdamW whose bf16 weights lose nothing.
+
+Under round-to-nearest an update smaller than half a bf16 step vanishes: at lr 1e-5 four of five weights never move.
+Here each bf16 weight keeps beside it the 16 bits that rounding cut off its fp32 value, so the optimizer sees and
+updates exact fp32 weights, at two more bytes a weight (where fp32 master weights cost four). The arithmetic is torch's
+own fused AdamW in fp32, on a bucket of tensors at a time.
+
+    fp32 weight   0 01111100 01001001 1011110001101010
+    bf16 weight   0 01111100 01001010                     rounded: what the model computes with
+    low_bits                          -17302              fp32 bits minus bf16 bits: in [-32768, 32767]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+BUCKET = 1 << 24
+"""Weights updated at once: bounds the fp32 temporaries to 16 bytes x this, 256 MiB."""
+
+HALF = 1 << 15
+
+
+class CompensatedAdamW(Optimizer):
+    """AdamW; under bf16-true with exact fp32 weights in 16 + 16 bits. A plain AdamW step under 32-true and 16-true.
+
+    Moments have the dtype of the weights, except under 16-true: fp32, because squares of gradients underflow fp16.
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate.
+        betas: Of the running averages. 0.999 for the second never decays in bf16.
+        eps: Added to the square root of the second moment.
+        weight_decay: Decoupled: each step takes lr * weight_decay of the weight.
+    """
+
+    # torch's own protocol for "skip this step, decided on the device": the attributes `grad_scale` and `found_inf`.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 2e-5,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(
+                f"lr {lr}, eps {eps} and weight_decay {weight_decay} must not be negative, betas {betas} lie in [0, 1)"
+            )
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for bucket in _buckets(p for p in group["params"] if p.grad is not None):
+                self._update(bucket, group)
+        return loss
+
+    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        states = [self._state_of(p) for p in params]
+        weights = [self.exact_weight(p) for p in params]
+        moments = [[state[name].float() for state in states] for name in ("exp_avg", "exp_avg_sq")]
+        grads = [_grad(p).float() for p in params]
+        adamw(
+            weights,
+            grads,
+            moments[0],
+            moments[1],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        for p, state, weight, first, second in zip(params, states, weights, *moments, strict=True):
+            if p.dtype == torch.float32:
+                continue  # updated in place
+            _store(p, state, weight)
+            state["exp_avg"].copy_(first)
+            state["exp_avg_sq"].copy_(second)
+
+    def exact_weight(self, param: Tensor) -> Tensor:
+        """The fp32 weight: of a bf16 parameter with the bits that rounding cut off; a fp32 one itself, not a copy."""
+        if param.dtype != torch.bfloat16:
+            return param.float()
+        bits = param.view(torch.int16).to(torch.int32).mul_(2 * HALF)
+        return bits.add_(self._state_of(param)["low_bits"]).view(torch.float32)
+
+    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[param]
+        if not state:
+            moments = torch.float32 if param.dtype == torch.float16 else param.dtype
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+            state["exp_avg"] = torch.zeros_like(param, dtype=moments, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
+            if param.dtype == torch.bfloat16:
+                state["low_bits"] = torch.zeros_like(param, dtype=torch.int16)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a saved state with the dtypes it was saved in.
+
+        torch casts whatever it loads to the dtype of the parameter, which would round `low_bits` to bf16.
+        """
+        super().load_state_dict(state_dict)
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        mine = chain.from_iterable(group["params"] for group in self.param_groups)
+        for number, param in zip(saved, mine, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                self.state[param][name] = value.to(device=param.device, copy=True)
+
+
+def _store(param: Tensor, state: dict[str, Tensor], weight: Tensor) -> None:
+    if param.dtype != torch.bfloat16:
+        param.copy_(weight)
+        return
+    bits = weight.view(torch.int32)
+    high = (bits + HALF) >> 16
+    param.view(torch.int16).copy_(high)
+    state["low_bits"].copy_(bits - (high << 16))
+
+
+def _grad(param: Tensor) -> Tensor:
+    assert param.grad is not None
+    if param.grad.is_sparse:
+        raise RuntimeError("CompensatedAdamW takes no sparse gradients; set sparse=False on the embedding")
+    return param.grad
+
+
+def _buckets(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    size = 0
+    for param in params:
+        if bucket and (size + param.numel() > BUCKET or param.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(param)
+        size += param.numel()
+    if bucket:
+        yield bucket

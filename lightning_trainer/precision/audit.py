@@ -1,0 +1,62 @@
+"""Which tensors are not of the one dtype. A pure function: the plugin fails with its findings, tests use it too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+ROTARY = ("inv_freq", "original_inv_freq")
+
+EXCEPTIONS = (
+    "the loss sum: fp32",
+    "AdamW's step counter: fp32",
+    "rotary frequencies: fp32 (rounded to bf16 they err more than bf16 weights beyond 2k tokens)",
+    "modules that transformers declares must stay fp32: fp32",
+    "low_bits of CompensatedAdamW: int16, the bits that rounding cuts off bf16 weights",
+    "moments under 16-true: fp32 (squares of gradients underflow fp16)",
+)
+"""Everything that may have another dtype, in words, for the line printed at start."""
+
+
+def wrong_weights(module: nn.Module, dtype: torch.dtype) -> list[str]:
+    """Parameters and buffers that are neither of `dtype` nor an exception.
+
+    Returns:
+        Lines such as `param model.lm_head.weight: torch.float32`.
+    """
+    fp32 = tuple(_kept_in_fp32(module))
+    named = [("param", name, p) for name, p in module.named_parameters()]
+    named += [("buffer", name, b) for name, b in module.named_buffers() if name.rpartition(".")[2] not in ROTARY]
+    allowed = (n for n in named if not (n[2].dtype == torch.float32 and any(part in n[1] for part in fp32)))
+    return [f"{kind} {name}: {tensor.dtype}" for kind, name, tensor in allowed if _differs(tensor, dtype)]
+
+
+def wrong_gradients(module: nn.Module) -> list[str]:
+    """Gradients whose dtype is not their parameter's."""
+    named = ((name, p) for name, p in module.named_parameters() if p.grad is not None)
+    return [f"gradient of {name}: {p.grad.dtype}" for name, p in named if p.grad is not None and p.grad.dtype != p.dtype]
+
+
+def wrong_moments(optimizer: Optimizer, module: nn.Module) -> list[str]:
+    """Optimizer state that is not of its parameter's dtype (fp32 under fp16), step counters and integers aside."""
+    names = {p: name for name, p in module.named_parameters()}
+    wrong = []
+    for param, state in optimizer.state.items():
+        want = torch.float32 if param.dtype == torch.float16 else param.dtype
+        tensors = ((key, value) for key, value in state.items() if isinstance(value, Tensor) and key != "step")
+        wrong += [f"{key} of {names.get(param, '?')}: {v.dtype}" for key, v in tensors if _differs(v, want)]
+    return wrong
+
+
+def _differs(tensor: Tensor, dtype: torch.dtype) -> bool:
+    return tensor.is_floating_point() and tensor.dtype != dtype
+
+
+def _kept_in_fp32(module: nn.Module) -> Iterator[str]:
+    for part in module.modules():
+        for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+            declared: Iterable[str] | None = getattr(part, name, None)
+            yield from declared or ()

@@ -1,0 +1,178 @@
+"""The only place that loads or saves a model or a tokenizer. Trainer and worker share it."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_trainer.types import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def resolve_pretrained(name: str, key: str) -> str:
+    """`name` as transformers takes it: an existing directory, or a Hub id.
+
+    Raises:
+        InputError: It reads like a path and is not there, or is a file.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.is_file():
+        raise InputError(f"{name!r} is a file; give the directory that holds config.json", key=key)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.parent.is_dir():
+        raise InputError(f"there is no model directory {name!r}{_nearest(path)}", key=key)
+    return name
+
+
+def _nearest(path: Path) -> str:
+    if not path.parent.is_dir():
+        return ""
+    names = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], n=1)
+    return f"; did you mean {str(path.parent / names[0])!r}?" if names else ""
+
+
+def load_config(pretrained: str) -> PretrainedConfig:
+    """The model's configuration, its KV cache switched off.
+
+    Raises:
+        InputError: `pretrained` is not there or holds no configuration.
+    """
+    from transformers import AutoConfig
+
+    source = resolve_pretrained(pretrained, "model.pretrained")
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise InputError(f"no model configuration at {pretrained!r}: {error}", key="model.pretrained") from error
+    # A cache switches the detection of packed rows off: examples would see each other, silently.
+    config.use_cache = False
+    return config
+
+
+def load_tokenizer(name: str, key: str = "model.tokenizer") -> PreTrainedTokenizerBase:
+    """The tokenizer, with a pad token (the end-of-text token where it has none of its own).
+
+    Raises:
+        InputError: There is no tokenizer at `name`.
+    """
+    from transformers import AutoTokenizer
+
+    source = resolve_pretrained(name, key)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise InputError(f"no tokenizer at {name!r}: {error}", key=key) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    pretrained: str, dtype: torch.dtype, *, from_scratch: bool = False, attn_implementation: str = "sdpa"
+) -> PreTrainedModel:
+    """The model, built in `dtype` (never cast afterwards: that would round rotary frequencies and fp32 modules).
+
+    Args:
+        pretrained: Directory or Hub id.
+        dtype: Of every parameter, except those the architecture declares must stay fp32.
+        from_scratch: Random weights from the configuration; takes its randomness from torch's global generator.
+        attn_implementation: A name of transformers' attention interface.
+
+    Raises:
+        InputError: There is no model at `pretrained`, or weights are missing or of other shapes.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(pretrained)
+    if from_scratch:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+    else:
+        model = _load_weights(pretrained, config, dtype, attn_implementation)
+    return model
+
+
+def _load_weights(
+    pretrained: str, config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str
+) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    source = resolve_pretrained(pretrained, "model.pretrained")
+    try:
+        with _quiet():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source, config=config, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"no weights could be loaded from {pretrained!r}: {error}\n"
+            "set model.from_scratch: true to start from random weights",
+            key="model.pretrained",
+        ) from error
+    problems = {name: report.get(name) for name in ("missing_keys", "mismatched_keys") if report.get(name)}
+    if problems:
+        raise InputError(f"the weights at {pretrained!r} do not fit the model: {problems}", key="model.pretrained")
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence progress bars and load reports: what is wrong is raised."""
+    from transformers.utils import logging as hf_logging
+
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    hf_logging.disable_progress_bar()
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        hf_logging.enable_progress_bar()
+
+
+def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Refuse a tokenizer with more tokens than the embedding has rows.
+
+    Raises:
+        InputError: Some token id would fall outside the embedding matrix.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise InputError(
+            f"the tokenizer's largest token id is {largest}, the model's embedding has {rows} rows (ids 0 to "
+            f"{rows - 1}): tokenizer and model do not belong together",
+            key="model.tokenizer",
+        )
+
+
+def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write what `from_pretrained` reads: config, safetensors, generation config, tokenizer.
+
+    The KV cache, switched off while training, is on in what is written.
+    """
+    model.config.use_cache = True
+    try:
+        with _quiet():
+            model.save_pretrained(directory)
+    finally:
+        model.config.use_cache = False
+    tokenizer.save_pretrained(str(directory))
+
+
+def load_state_dict(directory: Path, model: PreTrainedModel) -> dict[str, Any]:
+    """The weights saved in `directory`, under the names of `model.state_dict()`, tied copies included.
+
+    They are read as any user would read them, so that renaming and tying done by the architecture are undone right.
+    """
+    dtype = next(model.parameters()).dtype
+    saved = _load_weights(str(directory), model.config, dtype, "sdpa")
+    return dict(saved.state_dict())

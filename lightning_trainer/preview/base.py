@@ -1,0 +1,111 @@
+"""What a preview backend is: prompts in, answers out, each labelled with the step of the weights that wrote it."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lightning_trainer.preview.prompter import Prompter
+from lightning_trainer.types import PreviewRequest, PreviewResult, SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class PreviewBackend(ABC):
+    """Generates answers with the weights of one optimizer step.
+
+    `bind` comes first, once. Then `submit` hands prompts over, as token ids, and `collect` returns what is done.
+
+    Attributes:
+        backend_type: Stands in every result.
+    """
+
+    backend_type: ClassVar[str]
+
+    def __init__(self) -> None:
+        self._prompter: Prompter | None = None
+        self._model: PreTrainedModel | None = None
+
+    def bind(self, prompter: Prompter, model: PreTrainedModel) -> None:
+        """Tie the backend to what makes prompts and reads answers, and to the model whose weights are asked."""
+        self._prompter, self._model = prompter, model
+
+    @property
+    def prompter(self) -> Prompter:
+        """What makes prompts and reads answers.
+
+        Raises:
+            RuntimeError: The backend is not bound.
+        """
+        if self._prompter is None:
+            raise RuntimeError(f"{type(self).__name__}.bind(prompter, model) comes before previews")
+        return self._prompter
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that is trained.
+
+        Raises:
+            RuntimeError: The backend is not bound.
+        """
+        if self._model is None:
+            raise RuntimeError(f"{type(self).__name__}.bind(prompter, model) comes before previews")
+        return self._model
+
+    @abstractmethod
+    def submit(self, requests: Sequence[PreviewRequest], sampling: SamplingParams, step: int) -> None:
+        """Ask for answers by the weights of optimizer step `step`, which are those the model holds now."""
+
+    @abstractmethod
+    def collect(self, timeout: float = 0.0) -> list[PreviewResult]:
+        """Answers that are done and not yet collected, in order; waits up to `timeout` seconds for the first."""
+
+    def close(self) -> None:
+        """Let go of whatever is held."""
+        self._prompter = self._model = None
+
+    def preview(
+        self,
+        prompt: str,
+        golden_answer: str | None = None,
+        step: int = 0,
+        max_new_tokens: int = 256,
+        temperature: float = 0.7,
+        **sampling: Any,
+    ) -> PreviewResult:
+        """One answer to one prompt, now.
+
+        Args:
+            prompt: What the user says; profile and template are applied to it.
+            golden_answer: What a right answer says.
+            step: Optimizer step the weights are of.
+            max_new_tokens: Most tokens of the answer.
+            temperature: 0 is greedy.
+            **sampling: Other fields of `SamplingParams`.
+        """
+        request = self.prompter.request({"prompt": prompt}, prompt_id="0", golden=golden_answer, step=step)
+        params = self.prompter.sampling(max_new_tokens=max_new_tokens, temperature=temperature, **sampling)
+        self.submit([request], params, step)
+        return self.collect(timeout=float("inf"))[0]
+
+
+def failed(request: PreviewRequest, backend_type: str, message: str) -> PreviewResult:
+    """The record of a preview that did not come about."""
+    return PreviewResult(
+        success=False,
+        text="",
+        prompt=request.prompt,
+        golden_answer=request.golden_answer,
+        step=request.step,
+        tokens_generated=0,
+        generation_time_sec=0.0,
+        tokens_per_sec=0.0,
+        backend_type=backend_type,
+        timestamp=time.time(),
+        error_message=message,
+        finish_reason="error",
+        prompt_id=request.prompt_id,
+    )
