@@ -1,9 +1,9 @@
 """Checkpoint directories: written whole or not at all, and found again.
 
-    checkpoints/step=000300.ckpt/   what from_pretrained loads, plus
-        trainer.pt                  optimizer, loops, random generators: plain types
-        checkpoint.json             step, epoch, and size and sha256 of every file; written last
-    checkpoints/last.ckpt           relative symlink to the newest
+checkpoints/step=000300.ckpt/   what from_pretrained loads, plus
+    trainer.pt                  optimizer, loops, random generators: plain types
+    checkpoint.json             step, epoch, and size and sha256 of every file; written last
+checkpoints/last.ckpt           relative symlink to the newest
 """
 
 from __future__ import annotations

@@ -36,9 +36,7 @@ class Generation:
     seconds: float
 
 
-def generate(
-    model: PreTrainedModel, requests: Sequence[PreviewRequest], sampling: SamplingParams
-) -> list[Generation]:
+def generate(model: PreTrainedModel, requests: Sequence[PreviewRequest], sampling: SamplingParams) -> list[Generation]:
     """Answer every request, in order.
 
     The model is left as it was found: flags, attention, random generators. Greedy answers do not depend on which
@@ -85,8 +83,9 @@ def _generate_batch(
     processors: list[Any] = [finite]
     if any(request.rules for request in requests):
         processors.append(RuleProcessor([request.rules for request in requests], input_ids.shape[1]))
+    generate_tokens: Any = model.generate
     with torch.inference_mode():
-        output = model.generate(
+        output = generate_tokens(
             input_ids, attention_mask=attention_mask, generation_config=config, logits_processor=processors
         )
     rows = output[:, input_ids.shape[1] :].tolist()
@@ -104,9 +103,7 @@ def _finish(row: list[int], broken: bool, sampling: SamplingParams, seconds: flo
     return Generation(tuple(row), "length", seconds)
 
 
-def _left_pad(
-    prompts: Sequence[Sequence[int]], pad: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _left_pad(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, T) int64 ids and mask, prompts ending at the same column."""
     width = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
@@ -135,7 +132,7 @@ def quiet(model: PreTrainedModel) -> Iterator[None]:
     attention, the cache switch and the random generators of Python, numpy and torch as they were.
     """
     flags = [(module, module.training) for module in model.modules()]
-    checkpointing = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    checkpointing: list[Any] = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     attn, use_cache = model.config._attn_implementation, model.config.use_cache
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     model.eval()

@@ -48,6 +48,7 @@ def load_config(pretrained: str) -> PretrainedConfig:
     from transformers import AutoConfig
 
     source = resolve_pretrained(pretrained, "model.pretrained")
+    config: PretrainedConfig
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -66,6 +67,7 @@ def load_tokenizer(name: str, key: str = "model.tokenizer") -> PreTrainedTokeniz
     from transformers import AutoTokenizer
 
     source = resolve_pretrained(name, key)
+    tokenizer: PreTrainedTokenizerBase
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -92,10 +94,11 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     config = load_config(pretrained)
-    if from_scratch:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
-    else:
-        model = _load_weights(pretrained, config, dtype, attn_implementation)
+    if not from_scratch:
+        return _load_weights(pretrained, config, dtype, attn_implementation)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, dtype=dtype, attn_implementation=attn_implementation
+    )
     return model
 
 
@@ -107,7 +110,7 @@ def _load_weights(
     source = resolve_pretrained(pretrained, "model.pretrained")
     try:
         with _quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, config=config, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
             )
     except (OSError, ValueError, RuntimeError) as error:
@@ -116,6 +119,9 @@ def _load_weights(
             "set model.from_scratch: true to start from random weights",
             key="model.pretrained",
         ) from error
+    model: PreTrainedModel
+    report: dict[str, Any]
+    model, report = loaded
     problems = {name: report.get(name) for name in ("missing_keys", "mismatched_keys") if report.get(name)}
     if problems:
         raise InputError(f"the weights at {pretrained!r} do not fit the model: {problems}", key="model.pretrained")
@@ -144,7 +150,7 @@ def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, model: PreTrainedMo
     Raises:
         InputError: Some token id would fall outside the embedding matrix.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = embedding_rows(model)
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
         raise InputError(
@@ -152,6 +158,12 @@ def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, model: PreTrainedMo
             f"{rows - 1}): tokenizer and model do not belong together",
             key="model.tokenizer",
         )
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Rows of the embedding matrix: token ids lie below it."""
+    weight: Any = model.get_input_embeddings().weight
+    return int(weight.shape[0])
 
 
 def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

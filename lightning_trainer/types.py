@@ -70,7 +70,7 @@ class PenaltyWindow:
 
 @dataclass(frozen=True)
 class TokenPenalty:
-    """Subtract `penalty` from the logits of `token_ids`, times the multiplier of the schedule's window while one lasts."""
+    """Subtract `penalty`, times the multiplier of the schedule's present window, from the logits of `token_ids`."""
 
     token_ids: tuple[int, ...]
     penalty: float

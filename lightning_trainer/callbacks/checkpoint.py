@@ -77,6 +77,9 @@ class RunCheckpoint(Checkpoint):
         """Take over the signals, put the random generators where they were, make up for a validation cut short."""
         for signum in (signal.SIGINT, signal.SIGTERM):
             self._handlers[signum] = signal.signal(signum, self._on_signal)
+        # The loaders may have been made before the checkpoint was read (to count the steps for a schedule); Lightning
+        # then forgets to hand them their state.
+        trainer.fit_loop._load_combined_loader_states()
         if self._rng is not None:
             _set_rng(self._rng)
             self._rng = None
@@ -164,7 +167,7 @@ class RunCheckpoint(Checkpoint):
             NonFiniteError: Some update since the last checkpoint was not finite.
             OSError: It could not be written; the previous one is intact.
         """
-        if trainer.fast_dev_run:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         raise_if_nonfinite(trainer)
         for logger in trainer.loggers:
@@ -238,17 +241,20 @@ class RunCheckpoint(Checkpoint):
 def _validate_now(trainer: Trainer) -> None:
     """Run the validation that was due when the checkpoint was made, as the training loop would have."""
     rank_zero_warn("the checkpoint was made before a validation that was due; it is made up for now")
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.restarting = False  # from its first batch, not from where the validation before it ended
     trainer.validating = True
-    trainer.fit_loop.epoch_loop.val_loop.run()
+    loop.run()
     trainer.training = True
 
 
 def _get_rng() -> dict[str, Any]:
     """States of all random generators, in types that `torch.load(weights_only=True)` takes."""
-    name, keys, *rest = np.random.get_state()
+    state: Any = np.random.get_state()
+    name, keys, *rest = state
     return {
         "python": random.getstate(),
-        "numpy": [name, keys.tolist(), *rest],  # type: ignore[union-attr]
+        "numpy": [name, keys.tolist(), *rest],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }

@@ -26,7 +26,7 @@ class HuggingFaceExport(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the export."""
-        if trainer.fast_dev_run or not trainer.is_global_zero:
+        if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
         module: Any = pl_module
         target = Path(self.directory) if self.directory else Path(trainer.default_root_dir) / "export"

@@ -30,14 +30,22 @@ class PredictionWriter(Callback):
         """Begin a new file."""
         module: Any = pl_module
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        self._prompter = Prompter(data.profile, module.tokenizer, data.rendered_system_prompt(), data.system_prompt_mode)
+        self._prompter = Prompter(
+            data.profile, module.tokenizer, data.rendered_system_prompt(), data.system_prompt_mode
+        )
         self._path = Path(trainer.default_root_dir) / "predictions.jsonl"
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._tmp = self._path.with_name(f".{self._path.name}.tmp")
         self._tmp.write_text("", encoding="utf-8")
 
     def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Answer one batch of conversations."""
         module: Any = pl_module

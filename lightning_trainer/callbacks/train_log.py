@@ -37,7 +37,8 @@ class TrainLog(Callback):
             self._tokens += sum(batch.example_lengths)
             self._trained += len(batch.targets)
         stepped = not trainer.fit_loop.epoch_loop._should_accumulate()
-        due = stepped and (trainer.global_step % trainer.log_every_n_steps == 0 or trainer.global_step == 1)
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector of the Trainer
+        due = stepped and (trainer.global_step % every == 0 or trainer.global_step == 1)
         if due:
             raise_if_nonfinite(trainer)  # waits for the device: the clock below sees finished work
         self._seconds += time.perf_counter() - self._started
@@ -56,7 +57,9 @@ class TrainLog(Callback):
         loss = nats / getattr(batch, "step_tokens", 1)
         metrics = {
             "train/loss": loss,
-            "train/lr": trainer.optimizers[0].param_groups[0]["lr"] if not trainer.lr_scheduler_configs else _lr(trainer),
+            "train/lr": trainer.optimizers[0].param_groups[0]["lr"]
+            if not trainer.lr_scheduler_configs
+            else _lr(trainer),
             "train/tokens_per_second": tokens / max(seconds, 1e-9),
             "train/trained_token_fraction": trained / max(tokens, 1),
             **_precision_metrics(trainer),

@@ -180,10 +180,11 @@ class ChatDataModule(lightning.LightningDataModule):
 
     def conversations(self, count: int) -> tuple[list[Conversation], Literal["val", "train"]]:
         """The first conversations to show previews of, and the split they come from: validation, else training."""
-        for name in ("val", "train"):
+        names: tuple[Literal["val", "train"], ...] = ("val", "train")
+        for name in names:
             if name in self.stores and len(self.stores[name]):
                 good = (item[1] for item in self.split(name).conversations() if not isinstance(item, BadRow))
-                return list(islice((c for c in good if "messages" in c), count)), name  # type: ignore[return-value]
+                return list(islice((c for c in good if "messages" in c), count)), name
         return [], "train"
 
     def rendered_system_prompt(self) -> str | None:
@@ -279,7 +280,8 @@ class ChatDataModule(lightning.LightningDataModule):
         if self.tokenizer is None:
             if self.trainer is None:
                 raise RuntimeError("set `tokenizer` on the data module, or hand it to a Trainer with its model")
-            self.tokenizer = self.trainer.lightning_module.tokenizer
+            module: Any = self.trainer.lightning_module
+            self.tokenizer = module.tokenizer
         assert self.tokenizer is not None
         return self.tokenizer
 

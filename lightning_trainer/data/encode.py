@@ -2,7 +2,7 @@
 
 Trained are the assistant's turns with their end-of-turn token, found by structure, never by searching for text:
 
-* A template with `{% generation %}` marks says itself which tokens the assistant wrote; its marks are taken as they are.
+* A template with `{% generation %}` marks says itself which tokens the assistant wrote; its marks are taken.
 * Any other template: each assistant turn is rendered against its own prompt, and prompt and answer are tokenised
   apart, as they are at inference. Turns share one row where the template is prefix-stable for this conversation;
   where it rewrites earlier turns (Qwen3 drops their reasoning) each turn is a row of its own.
@@ -32,7 +32,7 @@ class Encoded:
 
     Attributes:
         ids: Token ids.
-        trained: 1 where the token is trained on, else 0; as long as `ids`. The first is always 0: nothing comes before it.
+        trained: 1 where the token is trained on, else 0; as long as `ids`. The first is 0: nothing comes before it.
         turn_ends: Lengths at which the row may be cut: after each whole assistant turn.
     """
 
@@ -138,7 +138,9 @@ class Encoder:
         for place, row in rows:
             parts = [next(ids) for _ in row]
             whole = self.loss_on == "all" or "text" in conversations[place]
-            encoded.append((place, self._whole(parts[0], "text" in conversations[place]) if whole else self._turns(row, parts)))
+            encoded.append(
+                (place, self._whole(parts[0], "text" in conversations[place]) if whole else self._turns(row, parts))
+            )
         return encoded
 
     def _turns(self, row: Sequence[_Piece], parts: Sequence[list[int]]) -> Encoded:
@@ -176,7 +178,7 @@ class Encoder:
 
     def _by_marks(self, conversation: Conversation) -> Encoded:
         try:
-            out = self.tokenizer.apply_chat_template(
+            out: Any = self.tokenizer.apply_chat_template(
                 conversation["messages"],
                 tokenize=True,
                 return_dict=True,

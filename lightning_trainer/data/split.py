@@ -7,7 +7,7 @@ import inspect
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +17,16 @@ import numpy as np
 
 from lightning_trainer.data.encode import Conversation, Encoded, Encoder, LossOn
 from lightning_trainer.data.rows import BadRow, RawRow, Source, read
-from lightning_trainer.data.store import TOKENS, Build, StoreWriter, TokenStore, batched, is_built, percentiles, write_ledger
+from lightning_trainer.data.store import (
+    TOKENS,
+    Build,
+    StoreWriter,
+    TokenStore,
+    batched,
+    is_built,
+    percentiles,
+    write_ledger,
+)
 from lightning_trainer.profiles import row_forms
 from lightning_trainer.types import InputError
 
@@ -111,9 +120,9 @@ def recipe_hashes(tokenizer: PreTrainedTokenizerBase, profile: DataProfile) -> d
 
 
 @lru_cache
-def _keywords_of(profile: type[DataProfile]) -> frozenset[str]:
-    """Keywords its `transform_example` takes: a profile of the user's may know the three positional ones alone."""
-    parameters = inspect.signature(profile.transform_example).parameters
+def _keywords_of(transform: Callable[..., Any]) -> frozenset[str]:
+    """Keywords a `transform_example` takes: a profile of the user's may know the three positional ones alone."""
+    parameters = inspect.signature(transform).parameters
     any_keyword = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return frozenset(["rng", "system_prompt_mode"] if any_keyword else parameters)
 
@@ -157,12 +166,12 @@ class Split:
 
     def _transform(self, row: RawRow) -> tuple[RawRow, Conversation] | BadRow:
         recipe = self.recipe
-        keywords = {
+        keywords: dict[str, Any] = {
             "rng": random.Random(f"{recipe.seed}:{self.name}:{row.identity}"),
             "system_prompt_mode": recipe.system_prompt_mode,
         }
         transform = recipe.profile.transform_example
-        taken = {k: v for k, v in keywords.items() if k in _keywords_of(type(recipe.profile))}
+        taken = {k: v for k, v in keywords.items() if k in _keywords_of(type(recipe.profile).transform_example)}
         try:
             conversation = transform(row.data, row.line, recipe.system_prompt, **taken)
         except ValueError as error:
@@ -203,7 +212,9 @@ class _Tokeniser:
                 self._batch(items, writer)
                 bar.update(len(items))
         writer.close()
-        write_ledger(folder, {"split": name, "files": list(self.files), "report": self._report(), "faults": self.faults})
+        write_ledger(
+            folder, {"split": name, "files": list(self.files), "report": self._report(), "faults": self.faults}
+        )
 
     def _batch(self, items: list[tuple[RawRow, Conversation] | BadRow], writer: StoreWriter) -> None:
         good = [item for item in items if not isinstance(item, BadRow)]
@@ -241,7 +252,8 @@ class _Tokeniser:
         if not part.trained_tokens:
             return None
         if length < self.recipe.min_length:
-            return self._drop(row, "too_short", f"{length} tokens, fewer than min_length {self.recipe.min_length}")
+            self._drop(row, "too_short", f"{length} tokens, fewer than min_length {self.recipe.min_length}")
+            return None
         if length <= most:
             return part
         if self.recipe.on_long_row == "raise":
@@ -252,7 +264,8 @@ class _Tokeniser:
             )
         shorter = part.cut(most) if self.recipe.on_long_row == "truncate" else None
         if shorter is None or not shorter.trained_tokens:
-            return self._drop(row, "too_long", f"{length} tokens, more than max_length {most}")
+            self._drop(row, "too_long", f"{length} tokens, more than max_length {most}")
+            return None
         self.counts["truncated"] += 1
         return shorter
 
@@ -274,4 +287,3 @@ class _Tokeniser:
             "duplicates": sum(count - 1 for count in self.seen.values()),
             "lengths": percentiles(self.lengths),
         }
-

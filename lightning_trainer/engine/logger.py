@@ -19,12 +19,12 @@ class RunLogger(TensorBoardLogger):
     """
 
     def __init__(self, run_directory: Path, resumed_step: int | None = None) -> None:
-        purge = {} if resumed_step is None else {"purge_step": resumed_step + 1}
+        purge: dict[str, Any] = {} if resumed_step is None else {"purge_step": resumed_step + 1}
         super().__init__(
             save_dir=str(run_directory / "tensorboard"), name="", version="", default_hp_metric=False, **purge
         )
 
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """Nothing."""
 
     def save(self) -> None:

@@ -71,6 +71,7 @@ def choices(hint: schema.Hint) -> list[Any]:
 
 
 def with_article(name: str) -> str:
+    """`name` behind "a" or "an"."""
     return f"{'an' if name[:1] in 'AEIOU' else 'a'} {name}"
 
 

@@ -27,6 +27,7 @@ class Source:
 
     @property
     def is_command_line(self) -> bool:
+        """Whether it is the command line rather than a file."""
         return self.name == COMMAND_LINE
 
     def where(self, key: str) -> str:
@@ -67,6 +68,7 @@ class Place:
         return f"--{key}" if self.source.is_command_line else key
 
     def fault(self, problem: str) -> Fault:
+        """A fault found here."""
         return Fault(f"{self.source.where(self.at)}: {self.spelled(self.at)}: {problem}", self.at.count("."))
 
     def names_file(self, value: object) -> bool:

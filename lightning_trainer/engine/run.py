@@ -10,7 +10,6 @@ from lightning_trainer.engine.config_file import ConfigError
 from lightning_trainer.engine.trainer_cli import TrainerCLI
 from lightning_trainer.types import InputError
 
-
 NOISE = (
     "GPU available",
     "TPU available",

@@ -152,18 +152,22 @@ class Schema:
 
 
 def is_config_option(action: Action | None) -> bool:
+    """Whether the option takes a config file."""
     return isinstance(action, ActionConfigFile)
 
 
 def is_help_option(action: Action | None) -> bool:
+    """Whether the option prints help."""
     return isinstance(action, _ActionHelpClassPath) or (action is not None and action.dest == "help")
 
 
 def is_print_config_option(action: Action | None) -> bool:
+    """Whether the option prints the configuration."""
     return isinstance(action, _ActionPrintConfig)
 
 
 def is_subcommand(action: Action) -> bool:
+    """Whether the action holds the commands."""
     return isinstance(action, ActionSubCommands)
 
 
@@ -193,14 +197,17 @@ def members(hint: Hint) -> list[Hint]:
 
 
 def is_literal(hint: Hint) -> bool:
+    """Whether the type is a choice of values."""
     return get_typehint_origin(hint) is Literal
 
 
 def accepts_anything(hint: Hint) -> bool:
+    """Whether any value will do."""
     return any(accepts_any_value(member) for member in members(hint))
 
 
 def accepts_null(action: Action, required: bool) -> bool:
+    """Whether null may be given for the option."""
     hint = hint_of(action)
     if hint is None or (action.default is None and not required):
         return True
@@ -208,6 +215,7 @@ def accepts_null(action: Action, required: bool) -> bool:
 
 
 def hint_accepts_null(hint: Hint) -> bool:
+    """Whether null is of this type."""
     return accepts_anything(hint) or NoneType in members(hint)
 
 
@@ -231,6 +239,7 @@ def list_items(hint: Hint) -> list[tuple[Hint, ...]]:
 
 
 def is_fixed_length(hint: Hint, items: tuple[Hint, ...]) -> bool:
+    """Whether the type is a tuple of just these items."""
     return any(get_typehint_origin(member) is tuple and get_args(member) == items for member in members(hint))
 
 

@@ -34,6 +34,7 @@ class Target:
     hint: Hint
 
     def member(self, hint: Hint) -> Target:
+        """The same option, narrowed to one member of its type."""
         return Target(self.action, hint)
 
 
@@ -58,6 +59,7 @@ class StrictWalk:
         self.places: dict[str, str] = {}
         self._classes: dict[str, ChosenClass] = {}
         self._lengths: dict[str, int] = {}
+        self._misnamed: set[str] = set()  # slots whose class is not known, so neither are its parameters
 
     def missing_parameters(self, command: str) -> Iterator[Fault]:
         """Of every class chosen for `command` ("" without commands): parameters with no default that no source set."""
@@ -251,6 +253,7 @@ class StrictWalk:
         try:
             cls = find_class(schema.class_bases(target.hint), name)
         except ClassNameFault as fault:
+            self._misnamed.add(inner.slot)
             yield named.fault(str(fault))
             return
         before = self._classes.get(inner.slot)
@@ -261,6 +264,8 @@ class StrictWalk:
             yield from self._parameters(ChosenClass(keys, kept, named), init_args, inner)
 
     def _known_class(self, target: Target, init_args: Mapping[str, Any], inner: Place) -> Iterator[Fault]:
+        if inner.slot in self._misnamed:
+            return
         default = schema.default_class(target.action)
         chosen = self._classes.get(inner.slot) or self._chosen(target, default or ("", {}), inner)
         if chosen is None:
@@ -303,6 +308,7 @@ class StrictWalk:
         below = f"{slot}."
         self._classes = {key: kept for key, kept in self._classes.items() if key != slot and not key.startswith(below)}
         self._lengths = {key: kept for key, kept in self._lengths.items() if not key.startswith(below)}
+        self._misnamed.discard(slot)
         self._lengths[slot] = 0  # known, so that the items of the default list do not count
 
 

@@ -88,7 +88,7 @@ class TrainerCLI(LightningCLI):
         """Find the run directory and the checkpoint, before anything large is loaded."""
         self.run = RunDirectory(self._value("trainer.default_root_dir"))
         self.resumed_from = self.run.resolve_checkpoint(self._value("ckpt_path"))
-        if self.subcommand == "fit" and self.resumed_from is None and rank_zero_only.rank == 0:
+        if self.subcommand == "fit" and self.resumed_from is None and _rank() == 0:
             fresh_start = self._value("ckpt_path") == "auto" and not self.run.checkpoints.exists()
             if not fresh_start:
                 self.run.claim(self._value("overwrite"))
@@ -176,6 +176,11 @@ class TrainerCLI(LightningCLI):
         return "\n".join([*lines, f"curves: tensorboard --logdir {self.run.path / 'tensorboard'}"])
 
 
+def _rank() -> int:
+    known: Any = rank_zero_only
+    return int(getattr(known, "rank", 0) or 0)
+
+
 class RunRecord(Callback):
     """Writes down what the run is: `manifest.json` and `config.yaml`; refuses to go on with something else."""
 
@@ -194,7 +199,7 @@ class RunRecord(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The run has begun: from here on the directory is taken."""
-        if not trainer.is_global_zero or trainer.fast_dev_run:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         manifest = self.cli.run.manifest()

@@ -22,7 +22,13 @@ LossName = Literal["chunked", "full"]
 CHUNK = 256
 """Tokens whose logits exist at once: 256 x 151,936 fp32 logits are 156 MB."""
 
-_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+_LOGIT_TRANSFORMS = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+)
 
 
 def why_not_chunked(model: PreTrainedModel) -> str | None:
@@ -83,7 +89,7 @@ def _linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Te
     Its options by default run 3 to 5 times slower than full logits, and its own sum is rounded to the dtype of
     `hidden`: so the chunks are named and the tokens' nats are summed here.
     """
-    options = torch.nn.LinearCrossEntropyOptions(  # type: ignore[attr-defined]
+    options = torch.nn.LinearCrossEntropyOptions(
         batch_chunk_size=CHUNK, chunking_method=None, acc_policy="accurate", acc_dtype=torch.float32
     )
     nats = F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options)

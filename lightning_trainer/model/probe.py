@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_trainer.model.attention import PACKED
+from lightning_trainer.pretrained import embedding_rows
 from lightning_trainer.types import InputError
 
 LENGTHS = (7, 9)
@@ -53,7 +54,7 @@ def packing_leak(model: PreTrainedModel) -> float:
 
 
 def _measure(model: PreTrainedModel) -> float:
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = embedding_rows(model)
     first, other, second = (torch.arange(n) * 7 % vocabulary for n in (LENGTHS[0], LENGTHS[0] + 1, LENGTHS[1]))
     other = (other[1:] + 1) % vocabulary
     beside = _logits(model, [first, second])

@@ -45,7 +45,7 @@ class StepSchedule(LRScheduler):
 
     def get_lr(self) -> list[float]:  # type: ignore[override]
         """Rate of each parameter group at the present step."""
-        return [base * self.factor(self.last_epoch) for base in self.base_lrs]
+        return [float(base) * self.factor(self.last_epoch) for base in self.base_lrs]
 
     def factor(self, step: int) -> float:
         """Share of the peak rate with which step `step + 1` is made."""

@@ -28,7 +28,7 @@ def wrong_weights(module: nn.Module, dtype: torch.dtype) -> list[str]:
         Lines such as `param model.lm_head.weight: torch.float32`.
     """
     fp32 = tuple(_kept_in_fp32(module))
-    named = [("param", name, p) for name, p in module.named_parameters()]
+    named: list[tuple[str, str, Tensor]] = [("param", name, p) for name, p in module.named_parameters()]
     named += [("buffer", name, b) for name, b in module.named_buffers() if name.rpartition(".")[2] not in ROTARY]
     allowed = (n for n in named if not (n[2].dtype == torch.float32 and any(part in n[1] for part in fp32)))
     return [f"{kind} {name}: {tensor.dtype}" for kind, name, tensor in allowed if _differs(tensor, dtype)]
@@ -37,12 +37,14 @@ def wrong_weights(module: nn.Module, dtype: torch.dtype) -> list[str]:
 def wrong_gradients(module: nn.Module) -> list[str]:
     """Gradients whose dtype is not their parameter's."""
     named = ((name, p) for name, p in module.named_parameters() if p.grad is not None)
-    return [f"gradient of {name}: {p.grad.dtype}" for name, p in named if p.grad is not None and p.grad.dtype != p.dtype]
+    return [
+        f"gradient of {name}: {p.grad.dtype}" for name, p in named if p.grad is not None and p.grad.dtype != p.dtype
+    ]
 
 
 def wrong_moments(optimizer: Optimizer, module: nn.Module) -> list[str]:
     """Optimizer state that is not of its parameter's dtype (fp32 under fp16), step counters and integers aside."""
-    names = {p: name for name, p in module.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
     wrong = []
     for param, state in optimizer.state.items():
         want = torch.float32 if param.dtype == torch.float16 else param.dtype

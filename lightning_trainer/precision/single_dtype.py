@@ -75,7 +75,9 @@ class SingleDtypePrecision(Precision):
         loss = super().pre_backward(tensor, module)
         return loss if self.scale == 1.0 else loss * self.scale
 
-    def clip_gradients(self, optimizer: Optimizer, clip_val: float = 0.0, gradient_clip_algorithm: Any = "norm") -> None:
+    def clip_gradients(
+        self, optimizer: Optimizer, clip_val: float = 0.0, gradient_clip_algorithm: Any = "norm"
+    ) -> None:
         """Take the gradient's norm in fp32 (bf16 norms are good to 3 digits) and clip by it, without waiting for it."""
         grads = [p.grad for p in self.main_params(optimizer) if p.grad is not None]
         self.grad_norm = _norm(grads) / self.scale
@@ -137,7 +139,8 @@ def _norm(grads: list[Tensor]) -> Tensor:
     if not grads:
         return torch.zeros(())
     norms = [norm for same in _by_dtype(grads) for norm in torch._foreach_norm(same, 2, dtype=torch.float32)]
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    return total
 
 
 def _by_dtype(grads: list[Tensor]) -> list[list[Tensor]]:
