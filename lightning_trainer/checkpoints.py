@@ -52,15 +52,26 @@ def write(target: Path, fill: Callable[[Path], None], about: dict[str, Any]) -> 
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir()
         fill(tmp)
-        files = {path.name: _describe(path) for path in sorted(tmp.iterdir())}
+        files = {str(path.relative_to(tmp)): _describe(path) for path in sorted(tmp.rglob("*")) if path.is_file()}
         _write_synced(tmp / INDEX, json.dumps({**about, "files": files}, indent=2) + "\n")
-        _sync_directory(tmp)
-        if target.exists():
-            target.rename(_aside(target))
-        tmp.rename(target)
+        for directory in (tmp, *(path for path in tmp.rglob("*") if path.is_dir())):
+            _sync_directory(directory)
+        _put_in_place(tmp, target)
         _sync_directory(target.parent)
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)
+        raise
+
+
+def _put_in_place(tmp: Path, target: Path) -> None:
+    aside = _aside(target)
+    if target.exists():
+        target.rename(aside)
+    try:
+        tmp.rename(target)
+    except OSError:
+        if aside.exists():
+            aside.rename(target)
         raise
 
 
@@ -103,23 +114,27 @@ def about(directory: Path) -> dict[str, Any]:
         content: dict[str, Any] = json.loads((directory / INDEX).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{str(directory)!r} is no checkpoint of this trainer: {error}", key="ckpt_path") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{str(directory / INDEX)!r} is no index of a checkpoint", key="ckpt_path")
     return content
 
 
 def damage(directory: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None. Reads every byte."""
     try:
-        files = about(directory)["files"]
-    except (InputError, KeyError) as error:
+        files = {name: (want["bytes"], want["sha256"]) for name, want in about(directory)["files"].items()}
+    except InputError as error:
         return str(error)
-    for name, want in files.items():
+    except (KeyError, TypeError, AttributeError):
+        return f"{INDEX} does not list its files"
+    for name, (size, digest) in files.items():
         path = directory / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != want["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, {want['bytes']} were written"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, {size} were written"
         with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != want["sha256"]:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                 return f"{name} has changed since it was written (sha256 differs)"
     return None
 
@@ -129,7 +144,10 @@ def point_last(folder: Path, target: Path) -> None:
     tmp = folder / f".{LAST}.tmp-{os.getpid()}"
     tmp.unlink(missing_ok=True)
     tmp.symlink_to(target.name)
-    os.replace(tmp, folder / LAST)
+    last = folder / LAST
+    if last.is_dir() and not last.is_symlink():  # a run that was copied with its links followed
+        last.rename(_aside(last))
+    os.replace(tmp, last)
     _sync_directory(folder)
 
 
@@ -140,11 +158,10 @@ def find_last(folder: Path, say: Callable[[str], None]) -> Path | None:
         folder: The run's `checkpoints`.
         say: Told of every damaged checkpoint that was passed over.
     """
-    last = folder / LAST
     candidates = [path for _, path in reversed(step_directories(folder))]
-    if last.is_dir():
-        target = last.resolve()
-        candidates = [target, *(path for path in candidates if path.resolve() != target)]
+    last = (folder / LAST).resolve()
+    if last.is_dir() and last not in (path.resolve() for path in candidates):
+        candidates.append(last)  # a run whose step directories were renamed
     for path in candidates:
         wrong = damage(path)
         if wrong is None:

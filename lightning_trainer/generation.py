@@ -73,9 +73,6 @@ def _generate_batch(
         temperature=1.0 if greedy else sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
-        # Said, not left out: what is left out is taken from the model's own generation config.
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
         eos_token_id=list(sampling.stop_token_ids) or None,
         pad_token_id=pad,
         use_cache=True,
@@ -131,19 +128,24 @@ def quiet(model: PreTrainedModel) -> Iterator[None]:
     rows: a cached decode through it would return other tokens), KV cache on. After: each module's own flag, the
     attention, the cache switch and the random generators of Python, numpy and torch as they were.
     """
+    from transformers import GenerationConfig
+
     flags = [(module, module.training) for module in model.modules()]
     checkpointing: list[Any] = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     attn, use_cache = model.config._attn_implementation, model.config.use_cache
+    # What a request leaves unset, transformers takes from here: the model's own would change answers unasked.
+    own_defaults, model.generation_config = model.generation_config, GenerationConfig()
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    model.eval()
-    for module in checkpointing:
-        module.gradient_checkpointing = False
-    _set_attention(model, "sdpa" if attn.startswith("lightning_trainer") else attn)
-    model.config.use_cache = True
     try:
+        model.eval()
+        for module in checkpointing:
+            module.gradient_checkpointing = False
+        _set_attention(model, "sdpa" if attn.startswith("lightning_trainer") else attn)
+        model.config.use_cache = True
         yield
     finally:
         model.config.use_cache = use_cache
+        model.generation_config = own_defaults
         _set_attention(model, attn)
         for module in checkpointing:
             module.gradient_checkpointing = True

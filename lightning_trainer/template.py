@@ -6,7 +6,8 @@ Training, validation, previews and predictions all come through here, so a promp
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lightning_trainer.types import InputError, Message
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 
 TEMPLATE_KEYS = ("tools", "documents")
 """What a row may hand to its chat template besides `messages`."""
+
+_PROBE = "q7z"
+
+_ANCHOR = "\0"
 
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -54,15 +59,52 @@ def render(
     Raises:
         ValueError: The template refuses the conversation (order of roles, missing fields, …).
     """
-    from jinja2.exceptions import TemplateError
-
-    try:
+    with _refusals():
         text = tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **(extras or {})
         )
-    except (TemplateError, TypeError, KeyError) as error:
+    return checked(str(text))
+
+
+def marked_token_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], extras: dict[str, Any] | None = None
+) -> tuple[list[int], list[int]]:
+    """Token ids of a conversation, and 1 for each that lies within the template's `{% generation %}` marks.
+
+    Raises:
+        ValueError: The template refuses the conversation.
+    """
+    render(tokenizer, messages, extras)  # says what is wrong with the text itself
+    with _refusals():
+        out: Any = tokenizer.apply_chat_template(
+            list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **(extras or {})
+        )
+    return list(out["input_ids"]), list(out["assistant_masks"])
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What a template raises for a conversation it does not take, as a ValueError."""
+    from jinja2.exceptions import TemplateError
+
+    try:
+        yield
+    except (TemplateError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"the chat template refuses this conversation: {error}") from error
-    return str(text)
+
+
+def checked(text: str) -> str:
+    """The text, if it can be written as UTF-8.
+
+    Raises:
+        ValueError: It holds half of a surrogate pair, which no tokenizer takes.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(f"holds half of a cut emoji, {half!a}; write the file anew as UTF-8") from error
+    return text
 
 
 def extras_of(conversation: dict[str, Any]) -> dict[str, Any]:
@@ -78,18 +120,36 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
     return [list(ids) for ids in encoded["input_ids"]]
 
 
+def continued_token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts that stand behind others.
+
+    A SentencePiece tokenizer puts a space before whatever it is given, which in the middle of a conversation is none:
+    its texts are tokenised behind an anchor, which is cut off again.
+    """
+    alone, anchor, behind = token_ids(tokenizer, ["a", _ANCHOR, f"{_ANCHOR}a"])
+    if behind[: len(anchor)] != anchor or behind[len(anchor) :] == alone:
+        return token_ids(tokenizer, texts)
+    return [ids[len(anchor) :] for ids in token_ids(tokenizer, [_ANCHOR + text for text in texts])]
+
+
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, conversation: dict[str, Any]) -> tuple[int, ...]:
     """Ids of a conversation that waits for the assistant's next turn."""
     text = render(tokenizer, conversation["messages"], extras_of(conversation), add_generation_prompt=True)
     return tuple(token_ids(tokenizer, [text])[0])
 
 
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of the special tokens, those added to the vocabulary included."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return frozenset(tokenizer.all_special_ids) | {int(i) for i, token in added.items() if token.special}
+
+
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Tokens that end an answer: the end of text, and the special token the template closes an assistant turn with."""
     stops = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     if tokenizer.chat_template:
-        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        tail = render(tokenizer, probe).rpartition("b")[2]
-        special = set(tokenizer.all_special_ids)
+        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
+        tail = render(tokenizer, probe).rpartition(_PROBE)[2]
+        special = special_ids(tokenizer)
         stops += [token for token in token_ids(tokenizer, [tail])[0] if token in special][:1]
     return tuple(dict.fromkeys(stops))

@@ -29,7 +29,6 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config
 
 SEED = 20240817
-TRAIN_ROWS = {"add": 2300, "sub": 2300, "max": 1700, "min": 1700}
 VAL_ROWS_PER_OP = 32
 SMALLEST, LARGEST = 10, 99
 
@@ -79,12 +78,17 @@ class Operation:
         name: The operation's name in canonical form.
         requests: Wordings of the request, with `{a}` and `{b}`.
         solve: (a, b) to the steps in words and the result.
+        train_rows: Number of training rows.
+        tie_share: Share of the training rows whose operands have equal tens. Left to chance it is a tenth, and the
+            cases only such problems show (the ones decide, a leading zero falls away) are learned last.
         ordered: Only problems with a >= b are drawn.
     """
 
     name: str
     requests: tuple[str, ...]
     solve: Callable[[int, int], tuple[str, int]]
+    train_rows: int
+    tie_share: float
     ordered: bool = False
 
 
@@ -132,6 +136,8 @@ OPERATIONS = (
             "How much is {a} + {b}?",
         ),
         solve_add,
+        train_rows=2300,
+        tie_share=0.1,
     ),
     Operation(
         "sub",
@@ -143,6 +149,8 @@ OPERATIONS = (
             "How much is {a} - {b}?",
         ),
         solve_sub,
+        train_rows=2300,
+        tie_share=0.15,
         ordered=True,
     ),
     Operation(
@@ -154,6 +162,8 @@ OPERATIONS = (
             "Find the greater of {a} and {b}.",
         ),
         solve_max,
+        train_rows=1700,
+        tie_share=0.3,
     ),
     Operation(
         "min",
@@ -164,6 +174,8 @@ OPERATIONS = (
             "Find the lesser of {a} and {b}.",
         ),
         solve_min,
+        train_rows=1700,
+        tie_share=0.3,
     ),
 )
 
@@ -185,7 +197,10 @@ def draw_problems(operation: Operation, rng: random.Random) -> tuple[list[tuple[
     validation = pairs[:VAL_ROWS_PER_OP]
     held_out = {frozenset(pair) for pair in validation}
     free = [pair for pair in pairs[VAL_ROWS_PER_OP:] if frozenset(pair) not in held_out]
-    return free[: TRAIN_ROWS[operation.name]], validation
+    ties = round(operation.train_rows * operation.tie_share)
+    tied = [(a, b) for a, b in free if a // 10 == b // 10]
+    others = [(a, b) for a, b in free if a // 10 != b // 10]
+    return tied[:ties] + others[: operation.train_rows - ties], validation
 
 
 def make_rows() -> tuple[list[dict[str, object]], list[dict[str, object]]]:

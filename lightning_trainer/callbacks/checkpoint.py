@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lightning_trainer import checkpoints
 from lightning_trainer.callbacks.finite import raise_if_nonfinite
@@ -64,6 +64,7 @@ class RunCheckpoint(Checkpoint):
         self._handlers: dict[int, Any] = {}
         self._boundary: tuple[int, dict[str, Any]] | None = None
         self._validation_due = False
+        self._save_after_validation = False
         self._rng: dict[str, Any] | None = None
 
     # ------------------------------------------------------------------------------------------------ when to save
@@ -79,7 +80,13 @@ class RunCheckpoint(Checkpoint):
             self._handlers[signum] = signal.signal(signum, self._on_signal)
         # The loaders may have been made before the checkpoint was read (to count the steps for a schedule); Lightning
         # then forgets to hand them their state.
-        trainer.fit_loop._load_combined_loader_states()
+        loop = trainer.fit_loop
+        loop._load_combined_loader_states()
+        epochs: Any = loop.epoch_progress.current
+        if loop.restarted_mid_epoch and epochs.processed == epochs.ready:
+            # Saved at an epoch's last batch: the next epoch is a new one, which Lightning would not count, so that
+            # the counters of the checkpoint after this one would not tell where it stands.
+            loop.reset_restart_stage()
         if self._rng is not None:
             _set_rng(self._rng)
             self._rng = None
@@ -100,7 +107,8 @@ class RunCheckpoint(Checkpoint):
             # Between here and the next batch Lightning's counters mean "past the batch"; a checkpoint made there
             # must still say "at this boundary", or its resume would skip or repeat a batch.
             self._boundary = (trainer.global_step, copy.deepcopy(trainer._checkpoint_connector._get_loops_state_dict()))
-        if trainer.global_step % self.every_n_train_steps == 0:
+        self._save_after_validation = trainer.global_step % self.every_n_train_steps == 0
+        if self._save_after_validation and not self._validation_due:
             self.save(trainer)
         self._end_if_asked(trainer)
 
@@ -114,6 +122,8 @@ class RunCheckpoint(Checkpoint):
         if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.global_step == 0:
             return
         self._validation_due = False
+        if self._save_after_validation:  # so that a resumed run has the metrics of this step, once
+            self.save(trainer)
         score = trainer.callback_metrics.get(self.monitor) if self.monitor is not None else None
         if score is None:
             return
@@ -240,7 +250,7 @@ class RunCheckpoint(Checkpoint):
 
 def _validate_now(trainer: Trainer) -> None:
     """Run the validation that was due when the checkpoint was made, as the training loop would have."""
-    rank_zero_warn("the checkpoint was made before a validation that was due; it is made up for now")
+    rank_zero_info("the checkpoint was made before a validation that was due; it is made up for now")
     loop = trainer.fit_loop.epoch_loop.val_loop
     loop.restarting = False  # from its first batch, not from where the validation before it ended
     trainer.validating = True

@@ -18,6 +18,8 @@ from lightning_trainer.data.packing import Ints
 from lightning_trainer.data.store import TokenStore
 from lightning_trainer.types import IGNORE_INDEX, Batch
 
+TokenRow = tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]
+
 
 class Collator:
     """Makes batches from a store.
@@ -40,14 +42,13 @@ class Collator:
         if not rows:
             ids, marks = self.store[0]
             rows = [(ids, np.zeros_like(marks))]
-        make = _pack if self.packed else _pad
-        return make(rows, self.pad_id, step_tokens, tuple(int(i) for i in examples))
+        row_ids = tuple(int(i) for i in examples)
+        if self.packed:
+            return _pack(rows, step_tokens, row_ids)
+        return _pad(rows, self.pad_id, step_tokens, row_ids)
 
 
-TokenRow = tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]
-
-
-def _pack(rows: list[TokenRow], pad_id: int, step_tokens: int, row_ids: tuple[int, ...]) -> Batch:
+def _pack(rows: list[TokenRow], step_tokens: int, row_ids: tuple[int, ...]) -> Batch:
     lengths = np.array([len(ids) for ids, _ in rows])
     ids = np.concatenate([ids for ids, _ in rows]).astype(np.int64)
     marks = np.concatenate([marks for _, marks in rows])

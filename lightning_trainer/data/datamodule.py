@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import lightning
 import torch
@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_trainer.data.collate import Collator
 from lightning_trainer.data.encode import Conversation, LossOn
-from lightning_trainer.data.loader import EvaluationLoader, PlannedLoader
+from lightning_trainer.data.loader import ConversationBatches, EvaluationLoader, PlannedLoader
 from lightning_trainer.data.rows import BadRow, sources
 from lightning_trainer.data.sampler import Layout
 from lightning_trainer.data.split import (
@@ -29,6 +29,7 @@ from lightning_trainer.data.split import (
     validation_bound,
 )
 from lightning_trainer.data.store import TokenStore
+from lightning_trainer.data.tokenise import tokenise
 from lightning_trainer.profiles import DataProfile, EmojiThink
 from lightning_trainer.types import Batch, InputError
 
@@ -52,7 +53,7 @@ class ChatDataModule(lightning.LightningDataModule):
         val_fraction: Share of the training rows held out when there is no val_path. Which rows is a function of
             their content and the seed, not of their order.
         val_max_rows: Most rows held out that way.
-        profile: How a row becomes a conversation: Plain, EmojiThink, Regime3 or a class of your own; null: EmojiThink.
+        profile: How a row becomes a conversation: Plain, EmojiThink, Regime3 or a class of your own.
         system_prompt: Template of the system prompt, may hold {date}; null: the profile's own.
         system_prompt_mode: prepend puts it in front of a row's own system message, replace drops the row's.
         max_length: Most tokens of a row; with packing the tokens of a pack.
@@ -67,6 +68,8 @@ class ChatDataModule(lightning.LightningDataModule):
         seed: Of the split, the order and the profile's draws; null: seed_everything.
         cache_dir: Where tokenised rows are kept between runs; null: beside the cache of `datasets`.
     """
+
+    DEFAULT_PROFILE: ClassVar[type[DataProfile]] = EmojiThink
 
     def __init__(
         self,
@@ -98,10 +101,11 @@ class ChatDataModule(lightning.LightningDataModule):
         _check_range("data.num_workers", num_workers, 0)
         _check_range("data.val_max_rows", val_max_rows, 0)
         _check_range("data.val_fraction", val_fraction, 0, 1)
+        _check_range("data.seed", seed or 0, 0)
         _check_range("data.max_bad_fraction", max_bad_fraction, 0, 1)
         self.paths = {"train": train_path, "val": val_path, "test": test_path, "predict": predict_path}
         self.val_fraction, self.val_max_rows = val_fraction, val_max_rows
-        self.profile = EmojiThink() if profile is None else profile
+        self.profile = self.DEFAULT_PROFILE() if profile is None else profile
         self.system_prompt, self.system_prompt_mode = system_prompt, system_prompt_mode
         self.max_length, self.min_length, self.on_long_row = max_length, min_length, on_long_row
         self.batch_size, self.packing, self.loss_on = batch_size, packing, loss_on
@@ -112,6 +116,7 @@ class ChatDataModule(lightning.LightningDataModule):
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.stores: dict[str, TokenStore] = {}
         self._splits: dict[str, Split] = {}
+        self._bound: int | None = None
 
     # ------------------------------------------------------------------------------------------------- Lightning
 
@@ -131,6 +136,9 @@ class ChatDataModule(lightning.LightningDataModule):
         if stage == "fit" and self.trainer is not None and self.trainer.is_global_zero:
             self.write_reports(Path(self.trainer.default_root_dir))
         self.check()
+        if stage == "fit" and self.trainer is not None and not len(self.stores.get("val", ())):
+            rank_zero_info("nothing is held out: this run has no validation")
+            self.trainer.limit_val_batches = 0
 
     def train_dataloader(self) -> PlannedLoader:
         """The planned training batches of this rank."""
@@ -142,16 +150,10 @@ class ChatDataModule(lightning.LightningDataModule):
             world_size=trainer.world_size,
             pack_to=self.max_length if self.packing else None,
             seed=self.data_seed,
+            limit=trainer.limit_train_batches,
         )
         collate = self._collator("train")
-        loader = PlannedLoader(collate, layout, trainer.global_rank, self.num_workers, self._pin_memory)
-        limit = trainer.limit_train_batches
-        if limit != 1.0 or isinstance(limit, int):
-            batches = min(limit, len(loader)) if isinstance(limit, int) else int(limit * len(loader))
-            # The plan must know its own end: the last optimizer step holds only what is left.
-            loader.layout = Layout(**{**vars(layout), "limit": batches})
-            loader.plan.cache_clear()  # type: ignore[attr-defined]
-        return loader
+        return PlannedLoader(collate, layout, trainer.global_rank, self.num_workers, self._pin_memory)
 
     def val_dataloader(self) -> EvaluationLoader | list[Any]:
         """The validation batches of this rank; an empty list where nothing is held out."""
@@ -161,11 +163,19 @@ class ChatDataModule(lightning.LightningDataModule):
         """The batches of `test_path`."""
         return self._evaluation_loader("test")
 
-    def predict_dataloader(self) -> list[list[Conversation]]:
-        """Conversations of `predict_path`, as their profile makes them, a batch at a time."""
-        rows = [item for item in self.split("predict").conversations() if not isinstance(item, BadRow)]
-        conversations = [{**conversation, "origin": f"{row.file}:{row.line}"} for row, conversation in rows]
-        return [conversations[i : i + self.batch_size] for i in range(0, len(conversations), self.batch_size)]
+    def predict_dataloader(self) -> ConversationBatches:
+        """Conversations of `predict_path`, as their profile makes them, each with the `origin` of its row.
+
+        Raises:
+            InputError: A row cannot be used: an answer file with holes in it would mislead.
+        """
+        conversations = []
+        for item in self.split("predict").conversations():
+            if isinstance(item, BadRow):
+                raise InputError(f"{item.file}:{item.line}: {item.reason}", key="data.predict_path")
+            row, conversation = item
+            conversations.append({**conversation, "origin": f"{row.file}:{row.line}"})
+        return ConversationBatches(conversations, self.batch_size)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move a batch without waiting for the device."""
@@ -194,10 +204,11 @@ class ChatDataModule(lightning.LightningDataModule):
 
     def fingerprints(self) -> dict[str, str]:
         """Hashes of what may not change when a run is resumed: data, tokenizer, template, profile."""
-        names = [name for name in ("train", "val") if name in self._splits]
-        digests = [source.digest() for name in names for source in self.split(name).files]
+        given = [(f"data.{name}_path", self.paths[name]) for name in ("train", "val")]
+        digests = [source.digest() for key, path in given if path is not None for source in sources(path, key)]
         plan = [self.data_seed, self.max_length, self.min_length, self.packing, self.batch_size, self.val_fraction]
-        data = json.dumps([digests, plan, self.val_max_rows, self.loss_on, self.on_long_row, self.system_prompt])
+        prompt = [self.system_prompt, self.system_prompt_mode]
+        data = json.dumps([digests, plan, prompt, self.val_max_rows, self.loss_on, self.on_long_row])
         return {"data": _sha(data), **recipe_hashes(self._tokenizer(), self.profile)}
 
     def split(self, name: str) -> Split:
@@ -216,17 +227,21 @@ class ChatDataModule(lightning.LightningDataModule):
         Raises:
             InputError: See above; the message counts the reasons.
         """
-        for name, store in self.stores.items():
-            report = store.ledger["report"]
-            bad, read = report["bad"], report["read"]
-            if bad > self.max_bad_fraction * read:
-                raise InputError(
-                    f"{bad} of {read} {name} rows cannot be used, more than max_bad_fraction "
-                    f"{self.max_bad_fraction:g} allows; quarantine.jsonl lists them all\n{_first_faults(store)}",
-                    key="data.max_bad_fraction",
-                )
-            if name in ("train", "test") and not len(store):
-                raise InputError(f"no {name} row is left of {read}\n{_first_faults(store)}", key=f"data.{name}_path")
+        faults = [fault for store in self.stores.values() for fault in store.ledger["faults"] if fault["kind"] == "bad"]
+        if faults and self.on_bad_row == "raise":  # tokenised by an earlier run that set them aside
+            raise InputError("{file}:{line}: {reason}".format(**faults[0]), key="data.on_bad_row")
+        reports = {name: store.ledger["report"] for name, store in self.stores.items()}
+        bad, read = (sum(report[kind] for report in reports.values()) for kind in ("bad", "read"))
+        if bad > self.max_bad_fraction * read:
+            raise InputError(
+                f"{bad} of {read} rows cannot be used, more than max_bad_fraction {self.max_bad_fraction:g} allows; "
+                f"the first:\n{_first_faults(self.stores.values())}",
+                key="data.max_bad_fraction",
+            )
+        for name, report in reports.items():
+            if name in ("train", "test") and not report["rows"]:
+                why = _first_faults([self.stores[name]])
+                raise InputError(f"no {name} row is left of {report['read']}\n{why}", key=f"data.{name}_path")
             self._warn_of_drops(name, report)
 
     def write_reports(self, directory: Path) -> None:
@@ -259,7 +274,9 @@ class ChatDataModule(lightning.LightningDataModule):
             raise InputError(f"this command reads data.{name}_path, which is not set", key=f"data.{name}_path")
         files = sources(paths, f"data.{name}_path")
         if carved:
-            bound = validation_bound(files, self.data_seed, self.val_fraction, self.val_max_rows)
+            if self._bound is None:
+                self._bound = validation_bound(files, self.data_seed, self.val_fraction, self.val_max_rows)
+            bound = self._bound
             share = Share(0, bound) if name == "val" else Share(bound, 2**64)
         return Split(name, files, share, self._recipe(), counts_unreadable)
 
@@ -287,7 +304,7 @@ class ChatDataModule(lightning.LightningDataModule):
 
     def _build(self, name: str, show_progress: bool) -> TokenStore:
         split = self.split(name)
-        store = split.build(self._cache() / split.digest(), self.on_bad_row, show_progress)
+        store = tokenise(split, self._cache() / split.digest(), self.on_bad_row, show_progress)
         if show_progress:
             report = store.ledger["report"]
             rank_zero_info(
@@ -325,7 +342,7 @@ class ChatDataModule(lightning.LightningDataModule):
         if dropped > DROPPED_WARNING * report["read"]:
             rank_zero_warn(
                 f"{name}: {report['too_long']} rows over max_length {self.max_length} and {report['too_short']} under "
-                f"min_length {self.min_length} were dropped, of {report['read']}; quarantine.jsonl lists them"
+                f"min_length {self.min_length} were dropped, of {report['read']}"
             )
 
 
@@ -335,8 +352,8 @@ def _check_range(key: str, value: float, low: float, high: float | None = None) 
         raise InputError(f"must be {span}, not {value}", key=key)
 
 
-def _first_faults(store: TokenStore, count: int = 5) -> str:
-    faults: Sequence[dict[str, Any]] = store.ledger["faults"]
+def _first_faults(stores: Iterable[TokenStore], count: int = 5) -> str:
+    faults: list[dict[str, Any]] = [fault for store in stores for fault in store.ledger["faults"]]
     lines = [f"  {fault['file']}:{fault['line']}: {fault['reason']}" for fault in faults[:count]]
     more = [f"  and {len(faults) - count} more"] if len(faults) > count else []
     return "\n".join(lines + more)

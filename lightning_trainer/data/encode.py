@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_trainer import template
@@ -54,12 +55,16 @@ class Encoded:
         return Encoded(self.ids[:end], self.trained[:end], tuple(fitting))
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Piece:
-    """A stretch of text tokenised on its own."""
+    """A stretch of text tokenised on its own.
+
+    Attributes:
+        trained: `no`; `turn`: up to its end-of-turn token; `all`: whole; `text`: whole, and the end of text behind it.
+    """
 
     text: str
-    is_answer: bool
+    trained: Literal["no", "turn", "all", "text"]
 
 
 class Encoder:
@@ -74,45 +79,48 @@ class Encoder:
         self.tokenizer = tokenizer
         self.loss_on = loss_on
         self._marked = bool(tokenizer.chat_template) and template.has_generation_marks(tokenizer)
-        self._special = _special_ids(tokenizer)
+        self._special = template.special_ids(tokenizer)
+        self._turn_ends = template.stop_token_ids(tokenizer)
         self._blank: dict[int, bool] = {}
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[list[Encoded] | ValueError]:
         """Rows of each conversation, in order; the error in its place where a conversation cannot be encoded."""
-        results: list[list[Encoded] | ValueError] = [[] for _ in conversations]
-        pieces: list[tuple[int, list[_Piece]]] = []
+        results: list[list[Encoded] | ValueError] = []
+        rows: list[list[_Piece]] = []
+        places: list[int] = []
         for place, conversation in enumerate(conversations):
             try:
-                if "text" in conversation:
-                    pieces.append((place, [_Piece(str(conversation["text"]), True)]))
-                elif self._marked and self.loss_on == "assistant":
-                    results[place] = [self._by_marks(conversation)]
-                else:
-                    pieces += [(place, row) for row in self._rows_of_text(conversation)]
+                if self._marked and self.loss_on == "assistant" and "text" not in conversation:
+                    results.append([self._by_marks(conversation)])
+                    continue
+                found = self._rows_of_text(conversation)
+                results.append([])
+                rows += found
+                places += [place] * len(found)
             except ValueError as error:
-                results[place] = error
-        for place, row in self._tokenise(pieces, conversations):
+                results.append(error)
+        for place, row in zip(places, self._tokenise(rows), strict=True):
             done = results[place]
-            if isinstance(done, list):
-                done.append(row)
+            assert isinstance(done, list)
+            done.append(row)
         return results
 
     # -------------------------------------------------------------------------------------------- text of rows
 
     def _rows_of_text(self, conversation: Conversation) -> list[list[_Piece]]:
+        if "text" in conversation:
+            return [[_Piece(template.checked(str(conversation["text"])), "text")]]
         messages, extras = conversation["messages"], template.extras_of(conversation)
         if self.loss_on == "all":
-            return [[_Piece(template.render(self.tokenizer, messages, extras), True)]]
+            return [self._whole_row(messages, extras)]
         rows: list[list[_Piece]] = []
         so_far = ""
-        for place, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt, answer = self._turn(messages[: place + 1], extras)
+        for end in _ends_of_turns(messages):
+            prompt, answer = self._turn(messages[:end], extras)
             if rows and prompt.startswith(so_far):
-                rows[-1] += [_Piece(prompt[len(so_far) :], False), _Piece(answer, True)]
+                rows[-1] += [_Piece(prompt[len(so_far) :], "no"), _Piece(answer, "turn")]
             else:
-                rows.append([_Piece(prompt, False), _Piece(answer, True)])
+                rows.append([_Piece(prompt, "no"), _Piece(answer, "turn")])
             so_far = prompt + answer
         if not rows:
             raise ValueError("trains nothing: there is no assistant turn")
@@ -128,74 +136,82 @@ class Encoder:
             raise ValueError("the chat template renders an answer that does not follow from its own prompt")
         return prompt, whole[len(prompt) :]
 
+    def _whole_row(self, messages: Sequence[Any], extras: dict[str, Any]) -> list[_Piece]:
+        """All of a conversation, in pieces that end where a turn does: there a long row may be cut."""
+        whole = template.render(self.tokenizer, messages, extras)
+        starts = [template.render(self.tokenizer, messages[:end], extras) for end in _ends_of_turns(messages)[:-1]]
+        cuts = [0, *(len(start) for start in starts if whole.startswith(start)), len(whole)]
+        return [_Piece(whole[a:b], "all") for a, b in pairwise(cuts) if a < b]
+
     # ------------------------------------------------------------------------------------------------- tokens
 
-    def _tokenise(
-        self, rows: Sequence[tuple[int, list[_Piece]]], conversations: Sequence[Conversation]
-    ) -> list[tuple[int, Encoded]]:
-        ids = iter(template.token_ids(self.tokenizer, [piece.text for _, row in rows for piece in row]))
-        encoded = []
-        for place, row in rows:
-            parts = [next(ids) for _ in row]
-            whole = self.loss_on == "all" or "text" in conversations[place]
-            encoded.append(
-                (place, self._whole(parts[0], "text" in conversations[place]) if whole else self._turns(row, parts))
-            )
-        return encoded
+    def _tokenise(self, rows: Sequence[list[_Piece]]) -> list[Encoded]:
+        first = [row[0].text for row in rows]
+        later = [piece.text for row in rows for piece in row[1:]]
+        firsts = template.token_ids(self.tokenizer, first)
+        laters = iter(template.continued_token_ids(self.tokenizer, later))
+        return [
+            self._text(start) if row[0].trained == "text" else self._row(row, [start, *islice(laters, len(row) - 1)])
+            for row, start in zip(rows, firsts, strict=True)
+        ]
 
-    def _turns(self, row: Sequence[_Piece], parts: Sequence[list[int]]) -> Encoded:
+    def _row(self, row: Sequence[_Piece], parts: Sequence[list[int]]) -> Encoded:
         ids: list[int] = []
         trained: list[int] = []
         ends = []
         for piece, part in zip(row, parts, strict=True):
-            kept = self._end_of_turn(part) if piece.is_answer else 0
-            trained += [1] * kept + [0] * (len(part) - kept)
+            kept = {"no": 0, "all": len(part)}.get(piece.trained)
+            kept = self._end_of_turn(part) if kept is None else kept
+            if piece.trained != "no":
+                ends.append(len(ids) + (self._end_of_turn(part) if piece is not row[-1] else kept))
             ids += part
-            if piece.is_answer:
-                ends.append(len(ids) - len(part) + kept)
+            trained += [1] * kept + [0] * (len(part) - kept)
         # What the template puts after the last turn's end (a newline) is neither trained nor looked at: dropped.
         return _first_untrained(ids[: ends[-1]], trained[: ends[-1]], tuple(ends))
 
     def _end_of_turn(self, part: Sequence[int]) -> int:
-        """Tokens of an answer up to and with its end-of-turn token; all of them where the template has none."""
-        end = len(part)
-        while end and part[end - 1] not in self._special and self._is_blank(part[end - 1]):
-            end -= 1
-        return end if end and part[end - 1] in self._special else len(part)
+        """Tokens of an answer up to and with its end-of-turn token; all of them where the template has none.
+
+        It stands in the run of special tokens and white space that closes the answer; a template may close the
+        conversation behind it (`<|end|>\\n<|endoftext|>`), which is not the answer's.
+        """
+        start = len(part)
+        while start and (part[start - 1] in self._special or self._is_blank(part[start - 1])):
+            start -= 1
+        closing = range(start, len(part))
+        known = [place for place in closing if part[place] in self._turn_ends]
+        special = [place for place in closing if part[place] in self._special]
+        return next(iter(known or special), len(part) - 1) + 1
 
     def _is_blank(self, token: int) -> bool:
         if token not in self._blank:
             self._blank[token] = not str(self.tokenizer.decode([token])).strip()
         return self._blank[token]
 
-    def _whole(self, ids: list[int], is_text: bool) -> Encoded:
-        end = self.tokenizer.eos_token_id
-        if is_text and end is not None and ids[-1:] != [end]:
+    def _text(self, ids: list[int]) -> Encoded:
+        start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if start is not None and ids[:1] != [start] and self._begins_texts_with(start):
+            ids = [int(start), *ids]
+        if end is not None and ids[-1:] != [end]:
             ids = [*ids, int(end)]
         # A text has no turns: it may be cut anywhere.
-        ends = tuple(range(2, len(ids) + 1)) if is_text else (len(ids),)
-        return _first_untrained(ids, [1] * len(ids), ends)
+        return _first_untrained(ids, [1] * len(ids), tuple(range(2, len(ids) + 1)))
+
+    def _begins_texts_with(self, token: int) -> bool:
+        return list(self.tokenizer("a")["input_ids"])[:1] == [token]
 
     def _by_marks(self, conversation: Conversation) -> Encoded:
-        try:
-            out: Any = self.tokenizer.apply_chat_template(
-                conversation["messages"],
-                tokenize=True,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-                **template.extras_of(conversation),
-            )
-        except Exception as error:  # jinja raises what the template's author chose: the row is bad, not the run
-            raise ValueError(f"the chat template refuses this conversation: {error}") from error
-        ids, marks = list(out["input_ids"]), list(out["assistant_masks"])
+        ids, marks = template.marked_token_ids(
+            self.tokenizer, conversation["messages"], template.extras_of(conversation)
+        )
         ends = tuple(i + 1 for i in range(len(marks)) if marks[i] and not (i + 1 < len(marks) and marks[i + 1]))
         return _first_untrained(ids, marks, ends)
 
 
+def _ends_of_turns(messages: Sequence[Any]) -> list[int]:
+    """How many messages there are up to and with each assistant turn."""
+    return [place + 1 for place, message in enumerate(messages) if message["role"] == "assistant"]
+
+
 def _first_untrained(ids: list[int], trained: list[int], ends: tuple[int, ...]) -> Encoded:
     return Encoded(ids, [0, *trained[1:]] if trained else [], ends)
-
-
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return frozenset(tokenizer.all_special_ids) | {int(i) for i, token in added.items() if token.special}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -95,13 +95,31 @@ class PlannedLoader:
         """
         mine, saved = vars(self.layout), state["layout"]
         changed = [name for name in mine if name != "limit" and mine[name] != saved.get(name)]
-        if changed and state["position"]:
+        epoch, position = int(state["epoch"]), int(state["position"])
+        store = self.collate.store
+        if changed and position >= len(plan_epoch(store.lengths, store.trained, Layout(**saved), epoch)):
+            epoch, position = epoch + 1, 0
+        if changed and position:
             both = ", ".join(f"{name} was {saved.get(name)} and is {mine[name]}" for name in changed)
             raise InputError(
                 f"the checkpoint stands in the middle of an epoch laid out otherwise: {both}; resume with the old "
                 "values, or start a new run from these weights with model.pretrained: CHECKPOINT"
             )
-        self.epoch, self.position = state["epoch"], state["position"]
+        self.epoch, self.position = epoch, position
+
+
+class ConversationBatches:
+    """Conversations, a list of at most `batch_size` at a time."""
+
+    def __init__(self, conversations: Sequence[dict[str, Any]], batch_size: int) -> None:
+        self.conversations, self.batch_size = conversations, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.conversations) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        for start in range(0, len(self.conversations), self.batch_size):
+            yield list(self.conversations[start : start + self.batch_size])
 
 
 class EvaluationLoader(PlannedLoader):

@@ -9,14 +9,20 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lightning_trainer.types import InputError
 
 JSON_LINES = (".jsonl", ".ndjson")
+
+_FILE_SUFFIXES = (*JSON_LINES, ".json", ".parquet", ".txt", ".csv", ".gz", ".zst")
+
+_HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?(/(?P<split>[\w.-]+))?")
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class RawRow:
     line: int
     data: dict[str, Any]
 
-    @property
+    @cached_property
     def identity(self) -> int:
         """64 bits of the row's content: the same wherever the row stands, in whatever file."""
         text = json.dumps(self.data, sort_keys=True, ensure_ascii=False, default=str)
@@ -87,8 +93,7 @@ def _source(name: str, key: str) -> Source:
         return Source(name, path)
     if path.is_dir():
         raise InputError(f"{name!r} is a directory; name its files, as a list", key=key)
-    looks_like_hub_id = 1 <= name.count("/") <= 2 and not path.suffix and not path.is_absolute() and name[0] not in ".~"
-    if looks_like_hub_id and not path.parent.is_dir():
+    if _HUB_ID.fullmatch(name) and path.suffix not in _FILE_SUFFIXES and not path.parent.is_dir():
         return Source(name, None)
     raise InputError(f"there is no data file {name!r}{_nearest_file(path)}", key=key)
 
@@ -129,14 +134,17 @@ def _read_json_lines(name: str, path: Path) -> Iterator[RawRow | BadRow]:
 
 
 def _parse_line(name: str, number: int, line: bytes) -> RawRow | BadRow:
+    line = line.rstrip(b"\r\n")
     try:
         data = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
-        return BadRow(name, number, f"not UTF-8: byte {line[error.start]:#04x} at column {error.start + 1}")
+        return BadRow(name, number, f"not UTF-8: byte {error.object[error.start]:#04x} at column {error.start + 1}")
     except json.JSONDecodeError as error:
         return BadRow(name, number, f"not JSON: {error.msg} at column {error.colno}")
     except RecursionError:
         return BadRow(name, number, "not usable: JSON nested too deeply")
+    except ValueError as error:  # a number of more digits than Python converts
+        return BadRow(name, number, f"not usable: {error}")
     return _row_or_bad(name, number, data)
 
 
@@ -152,21 +160,30 @@ def _read_json_array(name: str, path: Path) -> Iterator[RawRow | BadRow]:
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: not UTF-8 at byte {error.start}") from error
     decoder, place, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
+    closing = "]"  # only an empty array may end here: behind a comma there must be a row
     while True:
-        place = _skip(text, place, " \t\r\n,")
-        if text[place : place + 1] == "]":
-            return
+        place = _skip(text, place)
+        if closing and text[place : place + 1] == closing:
+            break
         line, counted = line + text.count("\n", counted, place), place
         try:
             data, place = decoder.raw_decode(text, place)
-        except (json.JSONDecodeError, RecursionError) as error:
+            place = _skip(text, place)
+            if text[place : place + 1] not in (",", "]"):
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, place)
+        except (ValueError, RecursionError) as error:
             # What follows a break in an array cannot be told apart into rows.
             raise InputError(f"{name}:{line}: this JSON array breaks in the row that starts here: {error}") from error
         yield _row_or_bad(name, line, data)
+        if text[place] == "]":
+            break
+        place, closing = place + 1, ""
+    if text[place + 1 :].strip():
+        raise InputError(f"{name}: there is more behind the end of the JSON array")
 
 
-def _skip(text: str, place: int, characters: str) -> int:
-    while place < len(text) and text[place] in characters:
+def _skip(text: str, place: int) -> int:
+    while place < len(text) and text[place] in " \t\r\n":
         place += 1
     return place
 
@@ -189,10 +206,10 @@ def _read_parquet(name: str, path: Path) -> Iterator[RawRow | BadRow]:
 def _load_hub(name: str) -> Any:
     import datasets
 
-    repository, _, split = name.partition(":")[0].rpartition("/") if name.count("/") == 2 else (name, "", "train")
-    repository, _, config = (repository if ":" in repository else name.removesuffix(f"/{split}")).partition(":")
+    parts = _HUB_ID.fullmatch(name)
+    assert parts is not None
     try:
-        return datasets.load_dataset(repository, config or None, split=split)
+        return datasets.load_dataset(parts["repository"], parts["config"], split=parts["split"] or "train")
     except (OSError, ValueError) as error:
         raise InputError(f"there is no file {name!r}, and no such data set on the Hub: {error}") from error
 

@@ -27,7 +27,8 @@ class Layout:
         pack_to: Tokens of a packed row; None gives each example its own row.
         shuffle: False keeps the order of the data, in every epoch.
         seed: Of the order.
-        limit: Most micro-batches of an epoch; None for all.
+        limit: Most micro-batches of an epoch, or a share of them, as the Trainer's `limit_train_batches`: the plan must
+            know its own end, where the last optimizer step holds only what is left.
     """
 
     batch_size: int
@@ -36,7 +37,7 @@ class Layout:
     pack_to: int | None = None
     shuffle: bool = True
     seed: int = 0
-    limit: int | None = None
+    limit: int | float = 1.0
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,10 @@ def plan_epoch(lengths: Ints, trained: Ints, layout: Layout, epoch: int) -> Epoc
 def _step_tokens(row_tokens: Ints, layout: Layout) -> Ints:
     group = layout.batch_size * layout.world_size
     batches = -(-len(row_tokens) // group)
-    batches = batches if layout.limit is None else min(batches, layout.limit)
+    batches = min(batches, layout.limit) if isinstance(layout.limit, int) else int(batches * layout.limit)
     if not batches:
         return np.empty(0, dtype=np.int64)
-    per_batch = np.add.reduceat(row_tokens, np.arange(0, batches * group, group)[:batches])
+    per_batch = np.add.reduceat(row_tokens, np.arange(0, batches * group, group))
     if batches * group < len(row_tokens):
         per_batch[-1] = row_tokens[(batches - 1) * group : batches * group].sum()
     windows = np.add.reduceat(per_batch, np.arange(0, batches, layout.accumulate))

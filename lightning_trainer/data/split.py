@@ -1,4 +1,4 @@
-"""One split: its rows as conversations, and their tokens on disk."""
+"""One split: which rows belong to it, and what its profile makes of them."""
 
 from __future__ import annotations
 
@@ -6,29 +6,16 @@ import hashlib
 import inspect
 import json
 import random
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from lightning_trainer.data.encode import Conversation, Encoded, Encoder, LossOn
+from lightning_trainer.data.encode import Conversation, LossOn
 from lightning_trainer.data.rows import BadRow, RawRow, Source, read
-from lightning_trainer.data.store import (
-    TOKENS,
-    Build,
-    StoreWriter,
-    TokenStore,
-    batched,
-    is_built,
-    percentiles,
-    write_ledger,
-)
 from lightning_trainer.profiles import row_forms
-from lightning_trainer.types import InputError
+from lightning_trainer.profiles.base import accepted_keywords
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,8 +24,6 @@ if TYPE_CHECKING:
 
 STORE_FORMAT = 1
 """Part of every cache key: raised when the meaning of stored tokens changes."""
-
-ENCODE_AT_ONCE = 512
 
 SystemPromptMode = Literal["prepend", "replace"]
 OnLongRow = Literal["drop", "truncate", "raise"]
@@ -107,24 +92,26 @@ class Recipe:
 def recipe_hashes(tokenizer: PreTrainedTokenizerBase, profile: DataProfile) -> dict[str, str]:
     """Hashes of tokenizer, chat template and profile (source and options)."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    # Padding and truncation are left out: calling a tokenizer changes them, and none of our calls uses them.
+    rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    vocabulary = json.dumps({k: v for k, v in rules.items() if k not in ("padding", "truncation")}, sort_keys=True)
     options = json.dumps(vars(profile), sort_keys=True, default=str)
-    # A profile's own source and that of the classes it builds on, ours included.
-    modules = [inspect.getmodule(cls) for cls in type(profile).__mro__[:-1]]
-    source = f"{profile.version}\n" + "".join(inspect.getsource(module) for module in modules if module is not None)
+    source = profile.version + "".join(_source_of(cls) for cls in type(profile).__mro__[:-1])
     return {
         "tokenizer": _sha(vocabulary + json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)),
         "template": _sha(str(tokenizer.chat_template)),
-        "profile": _sha(f"{type(profile).__qualname__}\n{options}\n{source}"),
+        "profile": f"{type(profile).__qualname__} {_sha(options + source)}",
     }
 
 
-@lru_cache
-def _keywords_of(transform: Callable[..., Any]) -> frozenset[str]:
-    """Keywords a `transform_example` takes: a profile of the user's may know the three positional ones alone."""
-    parameters = inspect.signature(transform).parameters
-    any_keyword = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return frozenset(["rng", "system_prompt_mode"] if any_keyword else parameters)
+def _source_of(cls: type) -> str:
+    """Source of the module a class stands in; of one typed into a notebook, what its functions do."""
+    module = inspect.getmodule(cls)
+    try:
+        return inspect.getsource(module) if module is not None else ""
+    except (OSError, TypeError):
+        functions = [value.__code__ for value in vars(cls).values() if inspect.isfunction(value)]
+        return repr([(code.co_code, code.co_names) for code in functions])
 
 
 def _sha(text: str) -> str:
@@ -166,124 +153,16 @@ class Split:
 
     def _transform(self, row: RawRow) -> tuple[RawRow, Conversation] | BadRow:
         recipe = self.recipe
-        keywords: dict[str, Any] = {
-            "rng": random.Random(f"{recipe.seed}:{self.name}:{row.identity}"),
-            "system_prompt_mode": recipe.system_prompt_mode,
-        }
-        transform = recipe.profile.transform_example
-        taken = {k: v for k, v in keywords.items() if k in _keywords_of(type(recipe.profile).transform_example)}
+        keywords = accepted_keywords(
+            recipe.profile,
+            rng=random.Random(f"{recipe.seed}:{self.name}:{row.identity}"),
+            system_prompt_mode=recipe.system_prompt_mode,
+        )
         try:
-            conversation = transform(row.data, row.line, recipe.system_prompt, **taken)
+            conversation = recipe.profile.transform_example(row.data, row.line, recipe.system_prompt, **keywords)
         except ValueError as error:
             return BadRow(row.file, row.line, str(error))
+        except Exception as error:  # the profile may be the user's: say which row it broke on, and let it travel
+            error.add_note(f"profile {type(recipe.profile).__name__} broke on {row.file}:{row.line}")
+            raise
         return row, conversation
-
-    def build(self, folder: Path, on_bad_row: OnBadRow, show_progress: bool) -> TokenStore:
-        """Tokenise the split into `folder`, or take it as it is when it is already there.
-
-        Raises:
-            InputError: A bad row under `on_bad_row: raise`, or a long one under `on_long_row: raise`.
-        """
-        if not is_built(folder):
-            with Build(folder) as tmp:
-                _Tokeniser(self, on_bad_row).run(tmp, show_progress)
-        return TokenStore(folder)
-
-
-class _Tokeniser:
-    """Fills one store and its ledger."""
-
-    def __init__(self, split: Split, on_bad_row: OnBadRow) -> None:
-        self.split, self.recipe, self.on_bad_row = split, split.recipe, on_bad_row
-        self.encode = Encoder(split.recipe.tokenizer, split.recipe.loss_on)
-        self.files: dict[str, int] = {}
-        self.faults: list[dict[str, Any]] = []
-        self.counts: Counter[str] = Counter()
-        self.seen: Counter[int] = Counter()
-        self.lengths: list[int] = []
-
-    def run(self, folder: Path, show_progress: bool) -> None:
-        from datasets.utils.tqdm import tqdm
-
-        writer = StoreWriter(folder / TOKENS)
-        name = self.split.name
-        with tqdm(desc=f"tokenising {name}", unit=" rows", disable=not show_progress) as bar:
-            for items in batched(self.split.conversations(), ENCODE_AT_ONCE):
-                self._batch(items, writer)
-                bar.update(len(items))
-        writer.close()
-        write_ledger(
-            folder, {"split": name, "files": list(self.files), "report": self._report(), "faults": self.faults}
-        )
-
-    def _batch(self, items: list[tuple[RawRow, Conversation] | BadRow], writer: StoreWriter) -> None:
-        good = [item for item in items if not isinstance(item, BadRow)]
-        encoded = iter(self.encode([conversation for _, conversation in good]))
-        for item in items:
-            self.counts["read"] += 1
-            if isinstance(item, BadRow):
-                self._bad(item)
-                continue
-            row, _ = item
-            self.seen[row.identity] += 1
-            result = next(encoded)
-            if isinstance(result, ValueError):
-                self._bad(BadRow(row.file, row.line, str(result)))
-            elif not any(part.trained_tokens for part in result):
-                self._bad(BadRow(row.file, row.line, "trains nothing: no assistant token to learn from"))
-            else:
-                self._keep(row, result, writer)
-
-    def _keep(self, row: RawRow, parts: list[Encoded], writer: StoreWriter) -> None:
-        file = self.files.setdefault(row.file, len(self.files))
-        kept = 0
-        for turn, part in enumerate(parts):
-            fitted = self._fit(row, part)
-            if fitted is not None:
-                writer.add(fitted, file, row.line, turn)
-                self.lengths.append(len(fitted.ids))
-                self.counts["tokens"] += len(fitted.ids)
-                self.counts["trained_tokens"] += fitted.trained_tokens
-                kept += 1
-        self.counts["kept"] += kept > 0
-
-    def _fit(self, row: RawRow, part: Encoded) -> Encoded | None:
-        length, most = len(part.ids), self.recipe.max_length
-        if not part.trained_tokens:
-            return None
-        if length < self.recipe.min_length:
-            self._drop(row, "too_short", f"{length} tokens, fewer than min_length {self.recipe.min_length}")
-            return None
-        if length <= most:
-            return part
-        if self.recipe.on_long_row == "raise":
-            raise InputError(
-                f"{row.file}:{row.line}: {length} tokens, more than max_length {most}; raise data.max_length, "
-                "or set data.on_long_row to drop or truncate",
-                key="data.on_long_row",
-            )
-        shorter = part.cut(most) if self.recipe.on_long_row == "truncate" else None
-        if shorter is None or not shorter.trained_tokens:
-            self._drop(row, "too_long", f"{length} tokens, more than max_length {most}")
-            return None
-        self.counts["truncated"] += 1
-        return shorter
-
-    def _drop(self, row: RawRow, kind: str, reason: str) -> None:
-        self.counts[kind] += 1
-        self.faults.append({"file": row.file, "line": row.line, "kind": kind, "reason": reason})
-
-    def _bad(self, row: BadRow) -> None:
-        if self.on_bad_row == "raise":
-            raise InputError(f"{row.file}:{row.line}: {row.reason}", key="data.on_bad_row")
-        self.counts["bad"] += 1
-        self.faults.append({"file": row.file, "line": row.line, "kind": "bad", "reason": row.reason})
-
-    def _report(self) -> dict[str, Any]:
-        names = ("read", "kept", "tokens", "trained_tokens", "truncated", "too_long", "too_short", "bad")
-        return {
-            **{name: self.counts[name] for name in names},
-            "rows": len(self.lengths),
-            "duplicates": sum(count - 1 for count in self.seen.values()),
-            "lengths": percentiles(self.lengths),
-        }

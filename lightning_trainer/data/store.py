@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,8 +145,8 @@ class Build:
         self.folder = folder
 
     def __enter__(self) -> Path:
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        self._tmp = Path(tempfile.mkdtemp(prefix=f"{self.folder.name}.tmp-", dir=self.folder.parent))
+        self._tmp = self.folder.with_name(f"{self.folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+        self._tmp.mkdir(parents=True)
         return self._tmp
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
@@ -163,23 +162,3 @@ class Build:
 def write_ledger(folder: Path, ledger: dict[str, Any]) -> None:
     """Last file of a store."""
     (folder / LEDGER).write_text(json.dumps(ledger, ensure_ascii=False), encoding="utf-8")
-
-
-def percentiles(values: Sequence[int] | Ints) -> dict[str, int]:
-    """Length percentiles for the data report."""
-    if not len(values):
-        return {}
-    points = (0, 50, 90, 95, 99, 100)
-    return {f"p{p}": int(v) for p, v in zip(points, np.percentile(values, points), strict=True)}
-
-
-def batched(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of at most `size` items."""
-    batch: list[Any] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

@@ -63,6 +63,11 @@ class CommandLineWalk:
         if action is None and not name.startswith("--"):
             yield Fault(f"{COMMAND_LINE}: {name}: no such option", 0)
             return
+        if action is not None and action.nargs == "+":
+            self._walk.places[f"{self.command}.{action.dest}"] = HERE.where(action.dest)
+            while self._words and not _is_option(self._words[0]):
+                self._words.pop(0)  # plain words, which jsonargparse takes as they are
+            return
         place = Place(HERE, name[2:], "")
         if value is None and (action is None or action.nargs != 0):
             if not self._words or _is_option(self._words[0]):

@@ -49,7 +49,7 @@ def run_command(args: list[str]) -> str:
         raise ConfigError(_located(error, args)) from error
     except (NonFiniteError, OSError) as error:
         raise FailedRun(str(error)) from error
-    return cli.summary() if cli.subcommand == "fit" else ""
+    return cli.summary()
 
 
 class _Cli(TrainerCLI):

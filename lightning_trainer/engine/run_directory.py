@@ -136,19 +136,27 @@ def check_unchanged(old: dict[str, str], new: dict[str, str], allowed: list[str]
     """
     unknown = [name for name in allowed if name not in new]
     if unknown:
-        raise InputError(f"--allow_changed {unknown[0]!r}: choose from {', '.join(new)}", key="allow_changed")
+        raise InputError(
+            f"{unknown[0]!r} is nothing that could have changed; choose from {', '.join(new)}", key="allow_changed"
+        )
     changed = [name for name in new if name in old and old[name] != new[name]]
     for name in changed:
         if name in allowed:
-            rank_zero_warn(f"{name} is not what the run began with (allowed): {old[name][:12]} -> {new[name][:12]}")
+            rank_zero_warn(
+                f"{name} is not what the run began with (allowed): {_short(old[name])} -> {_short(new[name])}"
+            )
     refused = [name for name in changed if name not in allowed]
     if refused:
-        lines = [f"  {name}: was {old[name][:12]}, is {new[name][:12]}" for name in refused]
-        ways = " ".join(f"--allow_changed+={name}" for name in refused)
-        raise InputError(
-            "this is not what the run began with:\n" + "\n".join(lines) + f"\nput it back, or resume with {ways}",
-            key="ckpt_path",
-        )
+        lines = [f"  {name}: was {_short(old[name])}, is {_short(new[name])}" for name in refused]
+        what = "this is not what the run began with:\n" + "\n".join(lines)
+        way = f"put it back, or resume with --allow-changed {' '.join(refused)}"
+        raise InputError(f"{what}\n{way}", key="ckpt_path")
+
+
+def _short(fingerprint: str) -> str:
+    """A hash by its beginning; what stands before it in full."""
+    *name, digest = fingerprint.split(" ")
+    return " ".join([*name, digest[:12]])
 
 
 def environment() -> dict[str, Any]:

@@ -30,6 +30,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "gradient_clip_val": 1.0,
     "log_every_n_steps": 10,
     "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
     "use_distributed_sampler": False,
 }
 
@@ -69,13 +70,18 @@ class TrainerCLI(LightningCLI):
         parser.add_subclass_arguments(PreviewBackend, "preview_backend", default=lazy_instance(LocalPreviewBackend))
         parser.add_argument("--overwrite", type=bool, default=False, help="Move an old run in the directory aside.")
         parser.add_argument(
-            "--allow_changed",
-            type=list[str],
+            "--allow-changed",
+            nargs="+",
+            type=str,
             default=[],
             help="What may differ from the run that is resumed: data, tokenizer, template, profile.",
         )
-        defaults = [{"class_path": f"{cls.__module__}.{cls.__qualname__}"} for cls in DEFAULT_CALLBACKS]
-        parser.set_defaults({"trainer.callbacks": defaults})
+        parser.set_defaults(
+            {
+                "trainer.callbacks": [_named(cls) for cls in DEFAULT_CALLBACKS],
+                "data.profile": _named(ChatDataModule.DEFAULT_PROFILE),
+            }
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """As LightningCLI's, which warns where `sys.argv` holds words too."""
@@ -141,15 +147,21 @@ class TrainerCLI(LightningCLI):
                 callback.backend = backend  # type: ignore[attr-defined]
 
     def after_instantiate_classes(self) -> None:
-        """Give the data module what belongs to the run."""
+        """Give the data module what belongs to the run; refuse to go on with other data, before it is tokenised."""
         self.datamodule.default_seed = int(self._value("seed_everything") or 0)
         self.datamodule.run_date = self.run.manifest().get("date", self.datamodule.run_date)
+        self.datamodule.tokenizer = self.model.tokenizer
+        if self.subcommand == "fit" and self.resumed_from is not None:
+            old = self.run.manifest().get("fingerprints", {})
+            check_unchanged(old, self.datamodule.fingerprints(), self._value("allow_changed"))
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         kwargs["ckpt_path"] = self.resumed_from
         if subcommand == "predict":
             kwargs["return_predictions"] = False
+        elif subcommand != "fit":
+            kwargs["verbose"] = False  # `summary` says it
         return kwargs
 
     # -------------------------------------------------------------------------------------------------- what is kept
@@ -164,9 +176,11 @@ class TrainerCLI(LightningCLI):
         return text
 
     def summary(self) -> str:
-        """The last lines of `fit`: what was learned, where the run is, how to look at it."""
+        """The last lines: of `fit` what was learned, where the run is, how to look at it; else the metrics."""
         trainer = self.trainer
         metrics = trainer.callback_metrics
+        if self.subcommand != "fit":
+            return "\n".join(f"{name} {float(value):.6g}" for name, value in metrics.items())
         previews = [c for c in trainer.callbacks if isinstance(c, PreviewCallback) and c.pass_rate is not None]  # type: ignore[attr-defined]
         parts = [f"{name} {float(metrics[name]):.4f}" for name in ("train/loss", "val/loss") if name in metrics]
         parts += [f"preview/pass_rate {callback.pass_rate:.3f}" for callback in previews]
@@ -176,26 +190,20 @@ class TrainerCLI(LightningCLI):
         return "\n".join([*lines, f"curves: tensorboard --logdir {self.run.path / 'tensorboard'}"])
 
 
+def _named(cls: type) -> dict[str, str]:
+    return {"class_path": f"{cls.__module__}.{cls.__qualname__}"}
+
+
 def _rank() -> int:
     known: Any = rank_zero_only
     return int(getattr(known, "rank", 0) or 0)
 
 
 class RunRecord(Callback):
-    """Writes down what the run is: `manifest.json` and `config.yaml`; refuses to go on with something else."""
+    """Writes down what the run is: `manifest.json` and `config.yaml`."""
 
     def __init__(self, cli: TrainerCLI) -> None:
         self.cli = cli
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Compare with the manifest of the run that is resumed.
-
-        Raises:
-            InputError: Data, tokenizer, template or profile have changed.
-        """
-        if stage == "fit" and self.cli.resumed_from is not None:
-            old = self.cli.run.manifest().get("fingerprints", {})
-            check_unchanged(old, self._fingerprints(trainer), self.cli._value("allow_changed"))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The run has begun: from here on the directory is taken."""
@@ -207,14 +215,8 @@ class RunRecord(Callback):
         self.cli.run.write_manifest(
             {
                 "date": data.run_date,
-                "fingerprints": self._fingerprints(trainer),
+                "fingerprints": data.fingerprints(),
                 "attempts": [*manifest.get("attempts", []), attempt],
             }
         )
         self.cli.run.save_config(self.cli.resolved_config())
-
-    @staticmethod
-    def _fingerprints(trainer: Trainer) -> dict[str, str]:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        found: dict[str, str] = data.fingerprints()
-        return found

@@ -17,6 +17,16 @@ from torch import Tensor, nn
 
 PACKED = "lightning_trainer_packed"
 
+CHANGES_SCORES = {
+    "softcap": "a score soft-cap",
+    "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "position_bias": "a position bias",
+    "indices": "sparse attention",
+    "block_indices": "sparse attention",
+}
+"""Arguments by which a model asks for what SDPA alone does not do."""
+
 
 def packed_attention(
     module: nn.Module,
@@ -29,9 +39,7 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each example of one packed row.
 
@@ -45,8 +53,7 @@ def packed_attention(
         scaling: Of the scores; None is 1/sqrt(D).
         dropout: Of the attention weights.
         sliding_window: Each token sees at most this many tokens, itself included.
-        softcap: Refused: SDPA cannot bound its scores.
-        s_aux: Refused: SDPA has no attention sinks.
+        **others: What changes scores (a soft-cap, sinks, a position bias, …) is refused; the rest is not ours to read.
 
     Returns:
         (1, T, H, D), as transformers' attention functions do, and no weights.
@@ -54,10 +61,11 @@ def packed_attention(
     Raises:
         ValueError: The model asks for what this attention cannot do.
     """
-    if example_lengths is None or query.shape[0] != 1 or attention_mask is not None:
-        raise ValueError("packed attention takes one row with `example_lengths` and no mask")
-    if softcap is not None or s_aux is not None:
-        raise ValueError(f"{type(module).__name__} uses {'attention sinks' if softcap is None else 'a score soft-cap'}")
+    if example_lengths is None:
+        raise ValueError(f"this architecture does not hand `example_lengths` on to {type(module).__name__}")
+    if query.shape[0] != 1 or attention_mask is not None:
+        raise ValueError("packed attention takes one row and no mask")
+    _refuse_what_changes_scores(module, max(example_lengths), others)
     gqa = query.shape[1] != key.shape[1]
     lengths = list(example_lengths)
     out = [
@@ -74,6 +82,16 @@ def packed_attention(
         for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     ]
     return torch.cat(out, dim=2).transpose(1, 2), None
+
+
+def _refuse_what_changes_scores(module: nn.Module, longest: int, others: dict[str, Any]) -> None:
+    for name, what in CHANGES_SCORES.items():
+        if others.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} uses {what} ({name})")
+    # Told to the mask alone, which here is none.
+    chunk: Any = getattr(getattr(module, "config", None), "attention_chunk_size", None)
+    if chunk is not None and longest > chunk:
+        raise ValueError(f"{type(module).__name__} attends in chunks of {chunk} tokens, an example has {longest}")
 
 
 def _window_mask(query: Tensor, window: int | None) -> Tensor | None:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -59,6 +60,7 @@ class CausalLMModule(lightning.LightningModule):
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self.model: PreTrainedModel | None = None
         self.step_nats = torch.zeros(())
+        self._settled = False
         self._evaluated: list[tuple[Tensor, Tensor, int]] = []
 
     # --------------------------------------------------------------------------------------------------- the model
@@ -81,11 +83,7 @@ class CausalLMModule(lightning.LightningModule):
         hub.check_tokenizer_fits(self.tokenizer, self.model)
         self.model.train()
         if self.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        why = loss.why_not_chunked(self.model)
-        if self.loss_name == "chunked" and why is not None:
-            rank_zero_warn(f"model.loss: {type(self.model).__name__} takes `full` instead of `chunked`: {why}")
-            self.loss_name = "full"
+            self.model.activation_checkpointing_enable()
 
     def _run_dtype(self) -> torch.dtype:
         plugin = self.trainer.precision_plugin
@@ -113,9 +111,49 @@ class CausalLMModule(lightning.LightningModule):
         return self.model
 
     def on_fit_start(self) -> None:
-        """Refuse a model whose packed rows leak, before the first step."""
+        """Ask the model what it can do, before the first step; say what is trained.
+
+        Raises:
+            InputError: Packed rows leak, or the plan of batches would not fit what the trainer does.
+        """
+        self._refuse_moving_windows()
         if self._packs():
             probe.refuse_leaks(self.causal_lm)
+        self._settle_loss()
+        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        total, trained = sum(count for count, _ in counts), sum(count for count, is_trained in counts if is_trained)
+        rank_zero_info(
+            f"{type(self.causal_lm).__name__}: {trained:,} of {total:,} parameters trained, "
+            f"attention {self.causal_lm.config._attn_implementation}, loss {self.loss_name}"
+        )
+        if self._packs():
+            probe.refuse_leaks(self.causal_lm)
+
+    def on_validation_start(self) -> None:
+        """Settle the loss, where no training has."""
+        self._settle_loss()
+
+    def on_test_start(self) -> None:
+        """Settle the loss, where no training has."""
+        self._settle_loss()
+
+    def _settle_loss(self) -> None:
+        if self.loss_name == "chunked" and not self._settled:
+            why = loss.why_not_chunked(self.causal_lm)
+            if why is not None:
+                rank_zero_warn(f"model.loss: {type(self.causal_lm).__name__} takes full instead of chunked: {why}")
+                self.loss_name = "full"
+        self._settled = True
+
+    def _refuse_moving_windows(self) -> None:
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
+            raise InputError(
+                "GradientAccumulationScheduler changes how many micro-batches make a step while training; the loss of "
+                "a step is divided by its tokens, which are planned for one number: set "
+                "trainer.accumulate_grad_batches instead",
+                key="trainer.callbacks",
+            )
 
     # ---------------------------------------------------------------------------------------------------- training
 
@@ -203,10 +241,13 @@ class CausalLMModule(lightning.LightningModule):
             f"{name}/perplexity": mean.exp(),
             f"{name}/token_accuracy": (sums[1] / sums[2]).float(),
         }
-        # Lightning's own step is one short of ours: the loggers get the numbers from here.
-        self.log_dict(metrics, logger=False, prog_bar=name == "val", rank_zero_only=False)
-        for logger in self.trainer.loggers:
-            logger.log_metrics({key: float(value) for key, value in metrics.items()}, step=self.trainer.global_step)
+        fitting = self.trainer.state.fn == "fit"
+        for key, value in metrics.items():
+            self.log(key, value, logger=False if fitting else None, prog_bar=key == "val/loss")
+        if fitting:  # where Lightning's own step is one short of ours
+            found = {key: float(value) for key, value in metrics.items()}
+            for logger in self.trainer.loggers:
+                logger.log_metrics(found, step=self.trainer.global_step)
 
     # ---------------------------------------------------------------------------------------------- optimizer, state
 
@@ -227,9 +268,19 @@ class CausalLMModule(lightning.LightningModule):
         except (ValueError, TypeError) as error:
             raise InputError(str(error), key="model.lr_scheduler") from error
         if isinstance(scheduler, StepSchedule):
-            scheduler.fit_to(int(self.trainer.estimated_stepping_batches))
+            self._fit_schedule(scheduler)
         self._fresh = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _fit_schedule(self, scheduler: StepSchedule) -> None:
+        steps = self.trainer.estimated_stepping_batches
+        if scheduler.total_steps is None and steps == float("inf"):
+            raise InputError(
+                "this run has no end (max_epochs -1 and no max_steps), so the schedule has no length; set "
+                "trainer.max_steps, or total_steps of the lr_scheduler",
+                key="trainer.max_steps",
+            )
+        scheduler.fit_to(1 if steps == float("inf") else int(steps))
 
     def _check_optimizer(self, optimizer: Optimizer) -> None:
         dtype, name = self._run_dtype(), type(optimizer).__name__

@@ -9,7 +9,7 @@ Shapes: N trained tokens, C hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,29 +17,46 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from lightning_trainer.model.probe import evaluating, packed_inputs
+from lightning_trainer.pretrained import embedding_rows
+
 LossName = Literal["chunked", "full"]
 
 CHUNK = 256
 """Tokens whose logits exist at once: 256 x 151,936 fp32 logits are 156 MB."""
 
-_LOGIT_TRANSFORMS = (
+TRANSFORMS = (
     "final_logit_softcapping",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
     "logit_scale",
     "logits_scaling",
     "lm_head_multiplier",
-    "output_multiplier",
 )
+"""Names by which configurations say that logits are changed; a soft-cap does not show at small logits."""
 
 
 def why_not_chunked(model: PreTrainedModel) -> str | None:
-    """Why `chunked` would not be this model's loss, or None where it is."""
-    head = model.get_output_embeddings()
-    if head is None or not isinstance(head, torch.nn.Linear):
+    """Why `chunked` would not be this model's loss, or None where it is.
+
+    Besides the names we know, the model itself is asked: its logits for a few tokens must be its output layer applied
+    to its hidden states.
+    """
+    head: Any = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear):
         return f"its output layer is {type(head).__name__}, not Linear"
     config = model.config.get_text_config()
-    for name in _LOGIT_TRANSFORMS:
+    for name in TRANSFORMS:
         if getattr(config, name, None) not in (None, 1, 1.0):
-            return f"it transforms its logits ({name}={getattr(config, name)})"
+            return f"it changes its logits ({name}={getattr(config, name)})"
+    inputs = packed_inputs(model, [torch.arange(8) * 7 % embedding_rows(model)])
+    with evaluating(model), torch.no_grad():
+        hidden = getattr(model.base_model(**inputs), "last_hidden_state", None)
+        if hidden is None:
+            return f"{type(model.base_model).__name__} gives no hidden states"
+        logits, made = model(**inputs).logits.float(), head(hidden).float()
+    if logits.shape != made.shape or not (logits - made).abs().max() <= 1e-3 * logits.abs().max():
+        return "its logits are not its output layer applied to its hidden states"
     return None
 
 
@@ -70,8 +87,8 @@ def nats_chunked(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: T
         fp32 scalar; 0, with a gradient of zero, where N is 0.
     """
     if not len(targets):
-        return hidden.sum().float() * 0 + weight.sum().float() * 0
-    if hasattr(F, "linear_cross_entropy") and bias is None:
+        return hidden.sum().float() + weight.flatten()[:0].sum().float()
+    if bias is None and hasattr(torch.nn, "LinearCrossEntropyOptions") and hasattr(F, "linear_cross_entropy"):
         return _linear_cross_entropy(hidden, weight, targets)
     total = torch.zeros((), device=hidden.device)
     for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):

@@ -13,6 +13,7 @@ own fused AdamW in fp32, on a bucket of tensors at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -65,22 +66,21 @@ class CompensatedAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for bucket in _buckets(p for p in group["params"] if p.grad is not None):
+            trained = [p for p in group["params"] if p.grad is not None]
+            for bucket in _buckets(piece for p in trained for piece in _pieces(p, self._state_of(p))):
                 self._update(bucket, group)
         return loss
 
-    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        states = [self._state_of(p) for p in params]
-        weights = [self.exact_weight(p) for p in params]
-        moments = [[state[name].float() for state in states] for name in ("exp_avg", "exp_avg_sq")]
-        grads = [_grad(p).float() for p in params]
+    def _update(self, pieces: list[_Piece], group: dict[str, Any]) -> None:
+        weights = [_exact(piece.weight, piece.state) for piece in pieces]
+        first, second = ([piece.state[name].float() for piece in pieces] for name in ("exp_avg", "exp_avg_sq"))
         adamw(
             weights,
-            grads,
-            moments[0],
-            moments[1],
+            [piece.grad.float() for piece in pieces],
+            first,
+            second,
             [],
-            [state["step"] for state in states],
+            [piece.state["step"] for piece in pieces],
             fused=True,
             grad_scale=getattr(self, "grad_scale", None),
             found_inf=getattr(self, "found_inf", None),
@@ -92,19 +92,15 @@ class CompensatedAdamW(Optimizer):
             eps=group["eps"],
             maximize=False,
         )
-        for p, state, weight, first, second in zip(params, states, weights, *moments, strict=True):
-            if p.dtype == torch.float32:
-                continue  # updated in place
-            _store(p, state, weight)
-            state["exp_avg"].copy_(first)
-            state["exp_avg_sq"].copy_(second)
+        for piece, weight, *moments in zip(pieces, weights, first, second, strict=True):
+            if piece.weight.dtype != torch.float32:  # else all were updated in place
+                _store(piece, weight)
+                piece.state["exp_avg"].copy_(moments[0])
+                piece.state["exp_avg_sq"].copy_(moments[1])
 
     def exact_weight(self, param: Tensor) -> Tensor:
         """The fp32 weight: of a bf16 parameter with the bits that rounding cut off; a fp32 one itself, not a copy."""
-        if param.dtype != torch.bfloat16:
-            return param.float()
-        bits = param.view(torch.int16).to(torch.int32).mul_(2 * HALF)
-        return bits.add_(self._state_of(param)["low_bits"]).view(torch.float32)
+        return _exact(param, self.state.get(param, {}))  # `self.state[param]` would make one
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[param]
@@ -126,35 +122,66 @@ class CompensatedAdamW(Optimizer):
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         mine = chain.from_iterable(group["params"] for group in self.param_groups)
         for number, param in zip(saved, mine, strict=True):
-            for name, value in state_dict["state"].get(number, {}).items():
+            values = state_dict["state"].get(number, {})
+            if values and param.dtype == torch.bfloat16 and "low_bits" not in values:
+                raise ValueError(
+                    "the optimizer state has no low_bits: it is another optimizer's; start from the checkpoint's "
+                    "weights (model.pretrained: CHECKPOINT) instead of resuming"
+                )
+            for name, value in values.items():
                 self.state[param][name] = value.to(device=param.device, copy=True)
 
 
-def _store(param: Tensor, state: dict[str, Tensor], weight: Tensor) -> None:
-    if param.dtype != torch.bfloat16:
-        param.copy_(weight)
+@dataclass(frozen=True)
+class _Piece:
+    """A parameter, or a stretch of a large one, with its part of gradient and state; all are views."""
+
+    weight: Tensor
+    grad: Tensor
+    state: dict[str, Tensor]
+
+
+def _pieces(param: Tensor, state: dict[str, Tensor]) -> Iterator[_Piece]:
+    grad = param.grad
+    assert grad is not None
+    if grad.is_sparse:
+        raise RuntimeError("CompensatedAdamW takes no sparse gradients; set sparse=False on the embedding")
+    if param.numel() <= BUCKET or not (param.is_contiguous() and grad.is_contiguous()):
+        yield _Piece(param, grad, state)
+        return
+    for start in range(0, param.numel(), BUCKET):
+        part = slice(start, start + BUCKET)
+        views = {name: value.view(-1)[part] for name, value in state.items() if name != "step"}
+        # Each update counts a step: only the last stretch may count the parameter's own.
+        step = state["step"] if part.stop >= param.numel() else state["step"].clone()
+        yield _Piece(param.view(-1)[part], grad.view(-1)[part], {**views, "step": step})
+
+
+def _exact(weight: Tensor, state: dict[str, Tensor]) -> Tensor:
+    if weight.dtype != torch.bfloat16 or "low_bits" not in state:
+        return weight.float()
+    bits = weight.view(torch.int16).to(torch.int32).mul_(2 * HALF)
+    return bits.add_(state["low_bits"]).view(torch.float32)
+
+
+def _store(piece: _Piece, weight: Tensor) -> None:
+    if piece.weight.dtype != torch.bfloat16:
+        piece.weight.copy_(weight)
         return
     bits = weight.view(torch.int32)
     high = (bits + HALF) >> 16
-    param.view(torch.int16).copy_(high)
-    state["low_bits"].copy_(bits - (high << 16))
+    piece.weight.view(torch.int16).copy_(high)
+    piece.state["low_bits"].copy_(bits - (high << 16))
 
 
-def _grad(param: Tensor) -> Tensor:
-    assert param.grad is not None
-    if param.grad.is_sparse:
-        raise RuntimeError("CompensatedAdamW takes no sparse gradients; set sparse=False on the embedding")
-    return param.grad
-
-
-def _buckets(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    bucket: list[Tensor] = []
+def _buckets(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    bucket: list[_Piece] = []
     size = 0
-    for param in params:
-        if bucket and (size + param.numel() > BUCKET or param.dtype != bucket[0].dtype):
+    for piece in pieces:
+        if bucket and (size + piece.weight.numel() > BUCKET or piece.weight.dtype != bucket[0].weight.dtype):
             yield bucket
             bucket, size = [], 0
-        bucket.append(param)
-        size += param.numel()
+        bucket.append(piece)
+        size += piece.weight.numel()
     if bucket:
         yield bucket

@@ -8,17 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-ROTARY = ("inv_freq", "original_inv_freq")
+ROTARY = "inv_freq"
+"""How the names of rotary buffers end, `sliding_attention_inv_freq` and `original_inv_freq` among them."""
 
-EXCEPTIONS = (
-    "the loss sum: fp32",
-    "AdamW's step counter: fp32",
-    "rotary frequencies: fp32 (rounded to bf16 they err more than bf16 weights beyond 2k tokens)",
-    "modules that transformers declares must stay fp32: fp32",
-    "low_bits of CompensatedAdamW: int16, the bits that rounding cuts off bf16 weights",
-    "moments under 16-true: fp32 (squares of gradients underflow fp16)",
-)
-"""Everything that may have another dtype, in words, for the line printed at start."""
+EXCEPTIONS = {
+    "the loss sum": "fp32",
+    "AdamW's step counter": "fp32",
+    "rotary frequencies": "fp32",  # rounded to bf16 they err more than bf16 weights do, beyond 2k tokens
+    "modules that transformers declares must stay fp32": "fp32",
+    "moments under 16-true": "fp32",  # squares of gradients underflow fp16
+    "low_bits of CompensatedAdamW": "int16",  # what rounding cuts off bf16 weights
+}
+"""Everything that may have another dtype, for the line printed at start."""
 
 
 def wrong_weights(module: nn.Module, dtype: torch.dtype) -> list[str]:
@@ -29,7 +30,7 @@ def wrong_weights(module: nn.Module, dtype: torch.dtype) -> list[str]:
     """
     fp32 = tuple(_kept_in_fp32(module))
     named: list[tuple[str, str, Tensor]] = [("param", name, p) for name, p in module.named_parameters()]
-    named += [("buffer", name, b) for name, b in module.named_buffers() if name.rpartition(".")[2] not in ROTARY]
+    named += [("buffer", name, b) for name, b in module.named_buffers() if not name.endswith(ROTARY)]
     allowed = (n for n in named if not (n[2].dtype == torch.float32 and any(part in n[1] for part in fp32)))
     return [f"{kind} {name}: {tensor.dtype}" for kind, name, tensor in allowed if _differs(tensor, dtype)]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_trainer import template
 from lightning_trainer.profiles import DataProfile
-from lightning_trainer.profiles.base import SystemPromptMode
+from lightning_trainer.profiles.base import SystemPromptMode, accepted_keywords
 from lightning_trainer.profiles.row_forms import text_of
 from lightning_trainer.types import FinishReason, PreviewRequest, PreviewResult, Row, SamplingParams
 
@@ -39,7 +39,8 @@ class Prompter:
 
     def request(self, row: Row, prompt_id: str, golden: str | None = None, step: int = 0) -> PreviewRequest:
         """Request for a row as a user would write it: profile and template are applied here."""
-        conversation = self.profile.transform_example(row, 0, self.system_prompt)
+        keywords = accepted_keywords(self.profile, system_prompt_mode=self.system_prompt_mode)
+        conversation = self.profile.transform_example(row, 0, self.system_prompt, **keywords)
         return self.request_of(conversation, prompt_id, golden, step)
 
     def request_of(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import random
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lightning_trainer.profiles.row_forms import conversation_from_row, text_of, with_text
@@ -140,6 +143,22 @@ class DataProfile:
         if template is None or not template.strip():
             return None
         return template.replace("{date}", date)
+
+
+def accepted_keywords(profile: DataProfile, **keywords: Any) -> dict[str, Any]:
+    """Those keywords that the profile's `transform_example` takes.
+
+    A profile of the user's own may know the three positional arguments alone.
+    """
+    parameters = _parameters(type(profile).transform_example)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return keywords
+    return {name: value for name, value in keywords.items() if name in parameters}
+
+
+@lru_cache
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters
 
 
 def with_system_prompt(messages: list[Message], prompt: str | None, mode: SystemPromptMode) -> list[Message]:

@@ -1,0 +1,123 @@
+"""The plan of an epoch: a pure function of seed and epoch, the same rows however a step is split."""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_trainer.data.sampler import EpochPlan, Layout, plan_epoch
+
+LENGTHS = np.random.default_rng(0).integers(1, 30, 53)
+TRAINED = LENGTHS // 2
+
+
+def plan(epoch: int = 0, lengths: Any = LENGTHS, trained: Any = TRAINED, **layout: Any) -> EpochPlan:
+    return plan_epoch(np.asarray(lengths), np.asarray(trained), Layout(**{"batch_size": 1, **layout}), epoch)
+
+
+def examples(planned: EpochPlan) -> list[list[list[int]]]:
+    """Examples by micro-batch and rank."""
+    ranks = range(planned.layout.world_size)
+    return [[planned.examples(batch, rank).tolist() for rank in ranks] for batch in range(len(planned))]
+
+
+@pytest.mark.parametrize("pack_to", [None, 30])
+def test_order_is_a_function_of_seed_and_epoch(pack_to: int | None) -> None:
+    np.random.seed(1)
+    first = examples(plan(3, seed=7, pack_to=pack_to))
+    np.random.seed(2)
+    assert examples(plan(3, seed=7, pack_to=pack_to)) == first
+    assert examples(plan(4, seed=7, pack_to=pack_to)) != first
+    assert examples(plan(3, seed=8, pack_to=pack_to)) != first
+
+
+def test_planning_leaves_the_global_generator_alone() -> None:
+    before = np.random.get_state()[1].tolist()
+    plan(pack_to=30)
+    assert np.random.get_state()[1].tolist() == before
+
+
+def test_every_epoch_has_as_many_batches() -> None:
+    assert len({len(plan(epoch, batch_size=2, pack_to=30)) for epoch in range(20)}) == 1
+
+
+def test_without_shuffling_the_order_is_the_datas() -> None:
+    for epoch in (0, 5):
+        assert examples(plan(epoch, batch_size=20, shuffle=False)) == [
+            [list(range(20))],
+            [list(range(20, 40))],
+            [list(range(40, 53))],
+        ]
+
+
+def test_the_docstrings_layout() -> None:
+    nine = np.ones(9, dtype=np.int64)
+    planned = plan(lengths=nine, trained=nine, batch_size=2, world_size=2, shuffle=False)
+    assert examples(planned) == [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8], []]]
+
+
+def test_last_rows_are_dealt_out_evenly_and_an_empty_rank_gets_none() -> None:
+    five = np.ones(5, dtype=np.int64)
+    planned = plan(lengths=five, trained=five, batch_size=3, world_size=3, shuffle=False)
+    assert examples(planned) == [[[0, 3], [1, 4], [2]]]
+    planned = plan(lengths=five[:2], trained=five[:2], batch_size=3, world_size=3, shuffle=False)
+    assert examples(planned) == [[[0], [1], []]]
+
+
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=60),
+    split=st.sampled_from([(1, 1, 8), (1, 2, 4), (2, 1, 4), (2, 2, 2), (4, 2, 1), (8, 1, 1)]),
+    pack_to=st.sampled_from([None, 20, 50]),
+    epoch=st.integers(0, 3),
+)
+def test_a_step_trains_the_same_rows_however_it_is_split(
+    lengths: list[int], split: tuple[int, int, int], pack_to: int | None, epoch: int
+) -> None:
+    trained = [length // 2 for length in lengths]
+    world, accumulate, batch = split
+    whole = plan(epoch, lengths, trained, batch_size=8, pack_to=pack_to)
+    parts = plan(epoch, lengths, trained, batch_size=batch, accumulate=accumulate, world_size=world, pack_to=pack_to)
+    batches = examples(parts)
+    steps = [batches[first : first + accumulate] for first in range(0, len(batches), accumulate)]
+    taken = [sorted(i for micro in step for rank in micro for i in rank) for step in steps]
+    assert taken == [sorted(rank) for [rank] in examples(whole)]
+    for number, step in enumerate(steps):
+        tokens = sum(trained[i] for micro in step for rank in micro for i in rank)
+        assert parts.step_tokens[number * accumulate : (number + 1) * accumulate].tolist() == [tokens] * len(step)
+    assert Counter(i for step in taken for i in step) == Counter(range(len(lengths)))
+
+
+# Rows of 1, 2, 4, ... trained tokens show by their sum which of them were counted.
+POWERS = 2 ** np.arange(7)
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        ({}, [1, 2, 4, 8, 16, 32, 64]),
+        ({"accumulate": 3}, [7, 7, 7, 56, 56, 56, 64]),
+        ({"batch_size": 2, "accumulate": 2}, [15, 15, 112, 112]),
+        ({"batch_size": 2, "accumulate": 3}, [63, 63, 63, 64]),
+        ({"batch_size": 1, "world_size": 2, "accumulate": 3}, [63, 63, 63, 64]),
+        ({"accumulate": 3, "limit": 5}, [7, 7, 7, 24, 24]),
+        ({"batch_size": 2, "accumulate": 2, "limit": 3}, [15, 15, 48]),
+        ({"batch_size": 2, "limit": 1}, [3]),
+        ({"limit": 100}, [1, 2, 4, 8, 16, 32, 64]),
+        ({"accumulate": 100}, [127] * 7),
+        ({"limit": 0}, []),
+    ],
+)
+def test_step_tokens_by_hand(layout: dict[str, Any], expected: list[int]) -> None:
+    planned = plan(lengths=np.ones(7, dtype=np.int64), trained=POWERS, shuffle=False, **layout)
+    assert planned.step_tokens.tolist() == expected
+    assert len(planned) == len(expected)
+
+
+@pytest.mark.parametrize("pack_to", [None, 30])
+def test_no_rows_make_no_batches(pack_to: int | None) -> None:
+    empty = np.empty(0, dtype=np.int64)
+    assert len(plan(lengths=empty, trained=empty, batch_size=4, accumulate=2, pack_to=pack_to)) == 0

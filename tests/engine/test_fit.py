@@ -1,0 +1,364 @@
+"""The main job, whole: fit, what it leaves behind, and going on with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback
+
+from lightning_trainer.cli import main
+from lightning_trainer.engine.trainer_cli import TrainerCLI
+
+PREVIEW = {"class_path": "PreviewCallback", "init_args": {"every_n_steps": 3, "num_prompts": 2, "max_new_tokens": 6}}
+
+Job = Callable[..., Path]
+Scalars = Callable[[Path], dict[str, list[tuple[int, float]]]]
+
+
+class _Disturb(Callback):
+    """Does something at the end of one optimizer step, before the other callbacks."""
+
+    def __init__(self, step: int, act: Callable[[], None]) -> None:
+        self.step, self.act = step, act
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step and not trainer.fit_loop.epoch_loop._should_accumulate():
+            self.act()
+
+
+class _DisturbValidation(Callback):
+    def __init__(self, act: Callable[[], None]) -> None:
+        self.act = act
+
+    def on_validation_batch_start(self, *_: Any) -> None:
+        self.act()
+
+
+@pytest.fixture
+def disturbed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callback], None]:
+    """Add a callback to the next runs."""
+    original = TrainerCLI._callbacks
+
+    def add(callback: Callback) -> None:
+        monkeypatch.setattr(TrainerCLI, "_callbacks", lambda cli, config: [callback, *original(cli, config)])
+
+    return add
+
+
+def fit(config: Path, *words: str) -> int:
+    return main(["fit", "--config", str(config), *words])
+
+
+def boom() -> None:
+    raise RuntimeError("a fault in the middle of a run")
+
+
+def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def deterministic(found: dict[str, list[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:
+    return {tag: points for tag, points in found.items() if "per_second" not in tag and "latency" not in tag}
+
+
+def test_a_run_leaves_everything_behind(job: Job, tmp_path: Path, scalars: Scalars, lines: Any, capsys: Any) -> None:
+    assert fit(job(trainer={"callbacks": [PREVIEW, "HuggingFaceExport"]})) == 0
+    run = tmp_path / "run"
+    found = scalars(run)
+    steps = [step for step, _ in found["train/loss"]]
+    assert steps == list(range(1, len(steps) + 1))
+    for tag in ("train/grad_norm", "train/lr", "train/tokens_per_second", "train/trained_token_fraction"):
+        assert [step for step, _ in found[tag]] == steps
+    assert found["train/loss"][-1][1] < found["train/loss"][0][1]
+    assert [step for step, _ in found["val/loss"]] == [steps[-1] // 2, steps[-1]]
+    assert {"val/perplexity", "val/token_accuracy", "preview/pass_rate", "preview/weights_step"} <= found.keys()
+    previews = lines(run / "previews.jsonl")
+    assert {p["step"] for p in previews} == {*range(3, steps[-1] + 1, 3), steps[-1]}
+    assert all(p["weights_step"] == p["step"] and len(p["content_sha256"]) == 64 for p in previews)
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert set(manifest["fingerprints"]) == {"data", "tokenizer", "template", "profile"}
+    assert (run / "checkpoints" / "last.ckpt").is_symlink()
+    assert not (run / "checkpoints" / "last.ckpt").readlink().is_absolute()
+    assert "tensorboard --logdir" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_export_and_checkpoint_load_in_transformers(job: Job, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert fit(job(trainer={"callbacks": ["HuggingFaceExport"], "max_epochs": 1})) == 0
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "export")
+    kept = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "export")
+    assert same(dict(exported.state_dict()), dict(kept.state_dict()))
+    assert exported.config.use_cache
+    assert exported.get_output_embeddings().weight is exported.get_input_embeddings().weight
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "what is 1 plus 2?"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    answer = exported.generate(**prompt, max_new_tokens=4, do_sample=False)
+    assert answer.shape[1] > prompt["input_ids"].shape[1]
+
+
+def test_the_saved_config_runs_again_as_it_is(job: Job, tmp_path: Path, weights: Any) -> None:
+    assert fit(job(trainer={"max_epochs": 1})) == 0
+    again = tmp_path / "again"
+    assert fit(tmp_path / "run" / "config.yaml", "--trainer.default_root_dir", str(again)) == 0
+    assert same(weights(tmp_path / "run" / "checkpoints/last.ckpt"), weights(again / "checkpoints/last.ckpt"))
+
+
+def test_previews_do_not_change_training_by_one_bit(job: Job, tmp_path: Path, weights: Any) -> None:
+    sampled = {**PREVIEW, "init_args": {**PREVIEW["init_args"], "every_n_steps": 1, "temperature": 1.0}}
+    without, with_previews = tmp_path / "without", tmp_path / "with"
+    for directory, callbacks in ((without, []), (with_previews, [sampled])):
+        config = job(trainer={"callbacks": callbacks, "default_root_dir": str(directory)})
+        assert fit(config, "--data.num_workers", "0") == 0
+    assert (with_previews / "previews.jsonl").exists()
+    assert same(weights(without / "checkpoints/last.ckpt"), weights(with_previews / "checkpoints/last.ckpt"))
+
+
+def test_resume_after_faults_and_signals_is_bit_identical(
+    job: Job, tmp_path: Path, disturbed: Any, monkeypatch: pytest.MonkeyPatch, scalars: Scalars, weights: Any
+) -> None:
+    """Stopped by a fault, by SIGTERM between steps, by SIGTERM in a validation; each time resumed."""
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    config = job(
+        trainer={"callbacks": [PREVIEW], "val_check_interval": 0.5},
+        checkpoint={"every_n_train_steps": 2},
+        model={"lr_scheduler": {"class_path": "WarmupCosine", "init_args": {"warmup_steps": 2}}},
+    )
+    assert fit(config, "--trainer.default_root_dir", str(straight)) == 0
+    words = ["--trainer.default_root_dir", str(broken)]
+    terminate = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    disturbed(_Disturb(3, boom))
+    assert fit(config, *words) == 1
+    disturbed(_Disturb(5, terminate))
+    assert fit(config, *words, "--ckpt_path", "last") == 143
+    assert (broken / "checkpoints" / "step=000005.ckpt").is_dir()
+    disturbed(_DisturbValidation(terminate))
+    assert fit(config, *words, "--ckpt_path", "last") == 143
+    disturbed(Callback())
+    assert fit(config, *words, "--ckpt_path", "last") == 0
+    assert same(weights(straight / "checkpoints/last.ckpt"), weights(broken / "checkpoints/last.ckpt"))
+    assert deterministic(scalars(broken)) == deterministic(scalars(straight))
+
+
+def test_resume_after_kill_9_leaves_no_gap_and_no_double(
+    job: Job, tmp_path: Path, scalars: Scalars, weights: Any
+) -> None:
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    config = job(trainer={"callbacks": [PREVIEW]}, checkpoint={"every_n_train_steps": 2}, rows=120)
+    assert fit(config, "--trainer.default_root_dir", str(straight)) == 0
+    words = ["--config", str(config), "--trainer.default_root_dir", str(killed)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lightning_trainer", "fit", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 90
+    while not (killed / "checkpoints" / "step=000004.ckpt").exists() and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert fit(config, "--trainer.default_root_dir", str(killed), "--ckpt_path", "auto") == 0
+    assert deterministic(scalars(killed)) == deterministic(scalars(straight))
+    assert same(weights(straight / "checkpoints/last.ckpt"), weights(killed / "checkpoints/last.ckpt"))
+    assert not list((killed / "checkpoints").glob(".*tmp*"))
+
+
+def test_sigint_saves_and_exits_130(job: Job, tmp_path: Path, disturbed: Any) -> None:
+    disturbed(_Disturb(2, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    assert fit(job()) == 130
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").resolve().name == "step=000002.ckpt"
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_a_nonfinite_step_is_not_applied_and_ends_the_run(
+    precision: str, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from lightning_trainer.model.causal_lm import CausalLMModule
+
+    original = CausalLMModule.nats
+
+    def poisoned(module: CausalLMModule, batch: Any) -> Any:
+        return original(module, batch) * (float("nan") if module.trainer.global_step == 4 else 1.0)
+
+    monkeypatch.setattr(CausalLMModule, "nats", poisoned)
+    config = job(trainer={"precision": precision, "log_every_n_steps": 3}, checkpoint={"every_n_train_steps": 2})
+    assert fit(config) == 1
+    assert "optimizer step 5" in capsys.readouterr().err
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").resolve().name == "step=000004.ckpt"
+
+
+STOCK = [
+    {"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss", "patience": 5}},
+    {"class_path": "LearningRateMonitor"},
+    {"class_path": "ModelCheckpoint", "init_args": {"monitor": "val/loss", "save_top_k": 2}},
+]
+
+
+@pytest.mark.parametrize("callback", STOCK, ids=[c["class_path"] for c in STOCK])
+def test_a_second_config_swaps_callbacks(
+    callback: dict[str, Any], job: Job, tmp_path: Path, scalars: Scalars, recwarn: Any
+) -> None:
+    """PreviewCallback out, one of Lightning's own in: it trains, checkpoints and resumes."""
+    config = job(trainer={"callbacks": [PREVIEW], "max_epochs": 1})
+    if callback["class_path"] == "ModelCheckpoint":
+        callback = {**callback, "init_args": {**callback["init_args"], "dirpath": str(tmp_path / "stock")}}
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
+    assert fit(config, "--config", str(overlay)) == 0
+    run = tmp_path / "run"
+    assert not (run / "previews.jsonl").exists()
+    first = len(scalars(run)["train/loss"])
+    assert fit(config, "--config", str(overlay), "--ckpt_path", "last", "--trainer.max_epochs", "2") == 0
+    steps = [step for step, _ in scalars(run)["train/loss"]]
+    assert steps == list(range(1, 2 * first + 1))
+    if callback["class_path"] == "ModelCheckpoint":
+        from transformers import AutoModelForCausalLM
+
+        assert [AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "stock").iterdir()]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the callback is left out on purpose
+def test_resuming_from_a_stock_checkpoint(job: Job, tmp_path: Path, weights: Any) -> None:
+    stock = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(tmp_path / "stock"), "save_top_k": -1}}
+    config = job(trainer={"callbacks": [stock]})
+    assert fit(config) == 0
+    [first, *_] = sorted((tmp_path / "stock").iterdir(), key=lambda p: p.name)
+    again = tmp_path / "again"
+    words = ["--ckpt_path", str(first), "--trainer.default_root_dir", str(again), "--trainer.callbacks", "null"]
+    assert fit(config, *words) == 0
+    assert same(weights(tmp_path / "run/checkpoints/last.ckpt"), weights(again / "checkpoints/last.ckpt"))
+
+
+def test_a_rate_changed_in_the_yaml_wins_over_the_checkpoint(job: Job, tmp_path: Path, scalars: Scalars) -> None:
+    constant = {"class_path": "WarmupConstant", "init_args": {"warmup_steps": 0}}
+    config = job(model={"lr_scheduler": constant}, trainer={"max_epochs": 1})
+    assert fit(config) == 0
+    words = ["--ckpt_path", "last", "--trainer.max_epochs", "2", "--model.optimizer.init_args.lr", "0.5e-3"]
+    assert fit(config, *words) == 0
+    rates = [value for _, value in scalars(tmp_path / "run")["train/lr"]]
+    half = len(rates) // 2
+    assert rates == pytest.approx([3e-3] * half + [0.5e-3] * half)
+
+
+def test_a_run_directory_is_not_overwritten(job: Job, tmp_path: Path, capsys: Any) -> None:
+    config = job(trainer={"max_epochs": 1})
+    assert fit(config) == 0
+    assert fit(config) == 2
+    message = capsys.readouterr().err
+    assert "--ckpt_path last" in message
+    assert "--overwrite true" in message
+    assert fit(config, "--overwrite", "true") == 0
+    assert (tmp_path / "run.old-1" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_last_without_a_checkpoint_is_an_error_and_auto_is_not(job: Job, tmp_path: Path, capsys: Any) -> None:
+    config = job(trainer={"max_epochs": 1})
+    assert fit(config, "--ckpt_path", "last") == 2
+    assert "there is no whole checkpoint" in capsys.readouterr().err
+    assert fit(config, "--ckpt_path", "auto") == 0
+
+
+def test_a_changed_profile_is_refused_unless_allowed(job: Job, capsys: Any) -> None:
+    config = job(trainer={"max_epochs": 1}, data={"max_length": 512})
+    assert fit(config) == 0
+    words = ["--ckpt_path", "last", "--trainer.max_epochs", "2", "--data.profile", "Regime3"]
+    assert fit(config, *words) == 2
+    message = capsys.readouterr().err
+    assert "was Plain" in message
+    assert "is Regime3" in message
+    with pytest.warns(UserWarning, match=r"profile is not what the run began with \(allowed\)"):
+        assert fit(config, *words, "--allow-changed", "profile") == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--trainer.precision", "16-mixed"], "mixed precision"),
+        (["--data.train_path", "nowhere.jsonl"], "there is no data file 'nowhere.jsonl'"),
+        (["--model.pretrained", "./nowhere"], "there is no model directory './nowhere'"),
+        (["--data.profile", "Regime4"], "did you mean Regime3?"),
+        (["--data.batch_size", "0"], "data.batch_size: must be at least 1, not 0"),
+        (["--data.max_lenght", "3"], "did you mean --data.max_length?"),
+        (["--trainer.use_distributed_sampler", "true"], "must stay false"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
+    ],
+)
+def test_what_is_wrong_before_training_exits_2(
+    words: list[str], error: str, job: Job, capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert fit(job(), *words) == 2
+    message = capsys.readouterr().err.strip().splitlines()
+    assert error in message[-1]
+    assert not (tmp_path / "run" / "manifest.json").exists()
+
+
+def test_bad_rows_stop_the_run_before_it_takes_the_directory(
+    job: Job, tmp_path: Path, chat_rows: Any, write_rows: Any, lines: Any, capsys: Any
+) -> None:
+    config = job()
+    path = write_rows(chat_rows(20))
+    with path.open("a") as file:
+        file.write('{"messages": []}\nnot json\n')
+    assert fit(config) == 2
+    message = capsys.readouterr().err
+    assert f"{path}:21: " in message
+    assert f"{path}:22: not JSON" in message
+    assert {fault["line"] for fault in lines(tmp_path / "run" / "quarantine.jsonl")} == {21, 22}
+    assert fit(config, "--data.max_bad_fraction", "0.2") == 0
+
+
+def test_ten_rows_one_epoch_no_validation(job: Job, tmp_path: Path) -> None:
+    config = job(rows=10, data={"val_fraction": 0.0}, trainer={"callbacks": [PREVIEW], "max_epochs": 1})
+    with pytest.warns(UserWarning, match="previews show training rows"):
+        assert fit(config) == 0
+
+
+@pytest.mark.parametrize("profile", ["Plain", "EmojiThink", "Regime3"])
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_every_profile_packed_and_padded(profile: str, packing: str, job: Job) -> None:
+    config = job(rows=16, data={"profile": profile, "max_length": 512}, trainer={"max_steps": 2})
+    assert fit(config, "--data.packing", packing) == 0
+
+
+def test_validate_test_and_predict(job: Job, tmp_path: Path, lines: Any, capsys: Any) -> None:
+    config = job(trainer={"max_epochs": 1})
+    assert fit(config) == 0
+    rows = tmp_path / "rows.jsonl"
+    common = ["--config", str(config), "--ckpt_path", "last"]
+    assert main(["validate", *common]) == 0
+    assert "val/loss" in capsys.readouterr().out
+    assert main(["test", *common, "--data.test_path", str(rows)]) == 0
+    assert "test/loss" in capsys.readouterr().out
+    words = ["--data.predict_path", str(rows), "--prediction.max_new_tokens", "4"]
+    assert main(["predict", *common, *words]) == 0
+    predictions = lines(tmp_path / "run" / "predictions.jsonl")
+    assert [p["row"] for p in predictions] == [f"{rows}:{n}" for n in range(1, 41)]
+    assert all(p["golden_answer"].startswith("(add") for p in predictions)
+    assert main(["test", *common]) == 2
+
+
+def test_gradient_checkpointing_and_full_loss_change_nothing(job: Job, tmp_path: Path, weights: Any) -> None:
+    kinds: dict[str, list[str]] = {
+        "plain": [],
+        "checkpointed": ["--model.gradient_checkpointing", "true"],
+        "full": ["--model.loss", "full"],
+    }
+    for name, words in kinds.items():
+        assert fit(job(trainer={"max_steps": 4}), *words, "--trainer.default_root_dir", str(tmp_path / name)) == 0
+    found = {name: weights(tmp_path / name / "checkpoints/last.ckpt") for name in kinds}
+    assert same(found["plain"], found["checkpointed"])
+    for key, value in found["plain"].items():
+        torch.testing.assert_close(found["full"][key], value, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,186 @@
+"""The loss against transformers' own, row by row."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lightning_trainer.data.collate import Collator
+from lightning_trainer.model import attention, loss
+
+ROWS, VOCAB, WIDTH = 700, 90, 16
+
+
+def head(dtype: torch.dtype = torch.float32, rows: int = ROWS) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, WIDTH, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(VOCAB, WIDTH, generator=generator).to(dtype).requires_grad_()
+    return hidden, weight, torch.randint(0, VOCAB, (rows,), generator=generator)
+
+
+def no_fused_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 256, 257, ROWS])
+def test_chunked_is_full(rows: int, bias: bool, fallback: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if fallback:
+        no_fused_loss(monkeypatch)
+    hidden, weight, targets = head(rows=rows)
+    b = torch.linspace(-1, 1, VOCAB).requires_grad_() if bias else None
+    inputs = [t for t in (hidden, weight, b) if t is not None]
+    chunked = loss.nats_chunked(hidden, weight, b, targets)
+    full = F.cross_entropy(F.linear(hidden, weight, b).double(), targets, reduction="sum")
+    assert chunked.dtype == torch.float32
+    assert chunked.shape == ()
+    assert chunked.item() == pytest.approx(full.item(), rel=1e-6)
+    mine, theirs = torch.autograd.grad(chunked, inputs), torch.autograd.grad(full, inputs)
+    for a, e in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+def test_bf16_sum_is_not_rounded(fallback: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if fallback:
+        no_fused_loss(monkeypatch)
+    hidden, weight, targets = head(torch.bfloat16)
+    want = F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
+    got = loss.nats_chunked(hidden, weight, None, targets)
+    assert got.dtype == torch.float32
+    assert got.item() == pytest.approx(want.item(), rel=1e-3)
+    assert got.item() != got.bfloat16().item(), "the sum itself must not have gone through bf16"
+    mine, theirs = torch.autograd.grad(got, (hidden, weight)), torch.autograd.grad(want, (hidden, weight))
+    for a, e in zip(mine, theirs, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert float((a - e).float().norm() / e.float().norm()) < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_targets_is_zero_with_zero_gradients(dtype: torch.dtype) -> None:
+    hidden, weight, targets = head(dtype, rows=0)
+    nats = loss.nats_chunked(hidden, weight, None, targets)
+    assert nats.item() == 0
+    grads = torch.autograd.grad(nats, (hidden, weight))
+    assert torch.equal(grads[1], torch.zeros_like(weight))
+    assert float(loss.nats_from_logits(torch.zeros(0, VOCAB), targets)) == 0
+    assert [float(x) for x in loss.evaluate_tokens(hidden, weight, None, targets)] == [0, 0]
+
+
+def test_no_targets_is_zero_where_the_sum_of_fp16_weights_overflows() -> None:
+    weight = torch.ones(300, 300, dtype=torch.float16, requires_grad=True)  # adds up to 90,000; fp16 ends at 65,504
+    hidden = torch.zeros(0, 300, dtype=torch.float16, requires_grad=True)
+    assert loss.nats_chunked(hidden, weight, None, torch.zeros(0, dtype=torch.int64)).item() == 0
+
+
+def test_evaluate_tokens_counts_right_guesses() -> None:
+    hidden, weight, targets = head()
+    nats, right = loss.evaluate_tokens(hidden, weight, None, targets)
+    logits = F.linear(hidden, weight)
+    assert nats.item() == pytest.approx(F.cross_entropy(logits, targets, reduction="sum").item(), rel=1e-6)
+    assert right.dtype == torch.int64
+    assert int(right) == sum(int(row.argmax()) == int(t) for row, t in zip(logits, targets, strict=True))
+    assert not nats.requires_grad
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("name", ["chunked", "full"])
+def test_batch_loss_is_the_sum_of_transformers_own(tiny_config: Any, name: Any, packed: bool, tied: bool) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from lightning_trainer.model import CausalLMModule
+
+    attention.register()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = tiny_config(tie_word_embeddings=tied, initializer_range=0.2)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation="sdpa")
+    plain = copy.deepcopy(model)
+    if packed:
+        model.set_attn_implementation(attention.PACKED)
+    rows = make_rows()
+    module = CausalLMModule("unused", loss=name)
+    module.model = model
+    nats = module.nats(Collator(rows, packed, pad_id=0)(range(len(rows)), step_tokens=1))
+    nats.backward()
+
+    total = torch.zeros(())
+    for ids, marks in rows:
+        labels = torch.tensor([i if m else -100 for i, m in zip(ids.tolist(), marks.tolist(), strict=True)])[None]
+        if marks.any():
+            mean = plain(input_ids=torch.from_numpy(ids).long()[None], labels=labels, use_cache=False).loss
+            total = total + mean * int(marks.sum())
+    total.backward()
+    assert float(nats.detach()) == pytest.approx(float(total.detach()), rel=1e-6, abs=1e-5)
+    for (key, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def make_rows() -> Any:
+    """Unequal lengths and trained parts; one row with nothing trained."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    rows = []
+    for length, trained_from in ((9, 4), (3, 1), (17, 16), (6, 6), (12, 1)):
+        marks = (np.arange(length) >= trained_from).astype(np.uint8)
+        rows.append((rng.integers(0, 384, length).astype(np.int32), marks))
+    return rows
+
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
+
+
+def small(name: str, **changes: Any) -> Any:
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(**{**SMALL, **changes})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("Gemma2", {}, "final_logit_softcapping=30.0"),
+        ("Cohere", {}, "logit_scale=0.0625"),
+        ("Granite", {"logits_scaling": 8.0}, "logits_scaling=8.0"),
+        pytest.param("RecurrentGemma", {"lru_width": 16, "num_hidden_layers": 3}, "logits_soft_cap=30.0"),
+    ],
+)
+def test_models_that_change_their_logits_are_named(name: str, changes: dict[str, Any], reason: str) -> None:
+    why = loss.why_not_chunked(small(name, **changes))
+    assert why is not None
+    assert reason in why
+
+
+def test_models_without_a_backbone_of_their_own_are_named() -> None:
+    """`base_model` of Llama 4's text model is the model itself: it gives logits, no hidden states."""
+    model = small("Llama4Text", num_local_experts=2, intermediate_size_mlp=16)
+    assert model.base_model is model
+    assert loss.why_not_chunked(model) is not None
+
+
+@pytest.mark.parametrize("name", ["Qwen3", "Llama", "Gemma", "Mistral", "Granite", "Gemma3Text"])
+def test_models_that_take_chunked_give_the_logits_it_assumes(name: str) -> None:
+    model = small(name)
+    ids = torch.arange(8)[None]
+    assert loss.why_not_chunked(model) is None
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    torch.testing.assert_close(logits, model.get_output_embeddings()(hidden))
