@@ -66,13 +66,13 @@ def _generate_batch(
     pad = sampling.stop_token_ids[0] if sampling.stop_token_ids else 0
     input_ids, attention_mask = _left_pad([request.prompt_ids for request in requests], pad, model.device)
     finite = _FiniteGuard(len(requests))
-    greedy = sampling.temperature == 0
+    chosen: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature > 0:
+        chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        chosen["top_k"] = sampling.top_k
     config = GenerationConfig(
+        **chosen,
         max_new_tokens=sampling.max_new_tokens,
-        do_sample=not greedy,
-        temperature=1.0 if greedy else sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
         eos_token_id=list(sampling.stop_token_ids) or None,
         pad_token_id=pad,
         use_cache=True,

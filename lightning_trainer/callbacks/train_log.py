@@ -14,16 +14,15 @@ from lightning_trainer.types import Batch
 
 
 class TrainLog(Callback):
-    """Writes train/* every `trainer.log_every_n_steps` optimizer steps.
+    """Writes train/* every `trainer.log_every_n_steps` optimizer steps, and at the first and the last.
 
     Between log steps it only counts on the host: reading the loss waits for the device, and so does `self.log`.
     Time spent in validation, previews and checkpoints is not counted as training.
     """
 
     def __init__(self) -> None:
-        self._tokens = self._trained = 0
-        self._seconds = self._started = self._waited = 0.0
-        self.last: dict[str, float] = {}
+        self._tokens = self._trained = self._step_tokens = 0
+        self._seconds = self._started = self._waited = self._rate = 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock."""
@@ -42,48 +41,57 @@ class TrainLog(Callback):
         if due:
             raise_if_nonfinite(trainer)  # waits for the device: the clock below sees finished work
         self._seconds += time.perf_counter() - self._started
+        self._step_tokens = getattr(batch, "step_tokens", 1)
         if due:
-            self._log(trainer, pl_module, batch)
+            shown = ("train/loss", "train/tokens_per_second")
+            metrics = {name: value for name, value in self._log(trainer, pl_module).items() if name in shown}
+            pl_module.log_dict(metrics, prog_bar=True, logger=False, batch_size=1)
 
-    def _log(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Note the rate this step is made with: once it is made, the scheduler has moved on."""
+        self._rate = float(optimizer.param_groups[0]["lr"])
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The last step is logged in any case."""
+        if self._tokens:
+            raise_if_nonfinite(trainer)
+            self._log(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was counted since the last log step."""
+        return {"tokens": self._tokens, "trained": self._trained, "seconds": self._seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self._tokens, self._trained = state_dict["tokens"], state_dict["trained"]
+        self._seconds = state_dict["seconds"]
+
+    def _log(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
+        tokens, trained, nats = self._totals(trainer, module)
         waited = getattr(trainer.train_dataloader, "wait_seconds", 0.0)
         seconds, self._waited = self._seconds + waited - self._waited, waited
-        counts = torch.tensor([float(self._tokens), float(self._trained)], dtype=torch.float64)
-        sums = [counts, getattr(module, "step_nats", torch.zeros(())).detach().double().cpu().reshape(1)]
-        total = torch.cat(sums).to(trainer.strategy.root_device)
-        if trainer.world_size > 1:
-            total = trainer.strategy.reduce(total, reduce_op="sum")
-        tokens, trained, nats = total.tolist()
-        loss = nats / getattr(batch, "step_tokens", 1)
         metrics = {
-            "train/loss": loss,
-            "train/lr": trainer.optimizers[0].param_groups[0]["lr"]
-            if not trainer.lr_scheduler_configs
-            else _lr(trainer),
+            "train/loss": nats / self._step_tokens,
+            "train/lr": self._rate,
             "train/tokens_per_second": tokens / max(seconds, 1e-9),
             "train/trained_token_fraction": trained / max(tokens, 1),
             **_precision_metrics(trainer),
         }
-        self.last = metrics
-        module.log_dict(
-            {"train/loss": loss, "train/tokens_per_second": metrics["train/tokens_per_second"]},
-            prog_bar=True,
-            logger=False,
-            batch_size=1,
-        )
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
         self._tokens = self._trained = 0
         self._seconds = 0.0
+        return metrics
 
-
-def _lr(trainer: Trainer) -> float:
-    """The rate the step just made was made with: the scheduler has already moved on to the next."""
-    scheduler: Any = trainer.lr_scheduler_configs[0].scheduler
-    factor = getattr(scheduler, "factor", None)
-    if factor is None:
-        return float(trainer.optimizers[0].param_groups[0]["lr"])
-    return float(scheduler.base_lrs[0] * factor(max(scheduler.last_epoch - 1, 0)))
+    def _totals(self, trainer: Trainer, module: LightningModule) -> list[float]:
+        """Tokens, trained tokens, and nats of the last step, over all ranks."""
+        nats = float(getattr(module, "step_nats", 0.0))
+        counted = [float(self._tokens), float(self._trained), nats]
+        if trainer.world_size == 1:
+            return counted
+        here = torch.tensor(counted, dtype=torch.float64, device=trainer.strategy.root_device)
+        summed: list[float] = trainer.strategy.reduce(here, reduce_op="sum").tolist()
+        return summed
 
 
 def _precision_metrics(trainer: Trainer) -> dict[str, float]:

@@ -6,22 +6,20 @@ import logging
 import warnings
 
 from lightning_trainer.callbacks import NonFiniteError
-from lightning_trainer.engine.config_file import ConfigError
 from lightning_trainer.engine.trainer_cli import TrainerCLI
-from lightning_trainer.types import InputError
 
 NOISE = (
     "GPU available",
     "TPU available",
     "HPU available",
+    "LOCAL_RANK",
     "💡 Tip",
     "Restor",
-    "`Trainer.fit` stopped",
-    "LOCAL_RANK",
-    "`weights_only` was not set",
     "Loading `train_dataloader` to estimate",
+    "`Trainer.fit` stopped",
+    "`weights_only` was not set",
 )
-"""How lines begin that say nothing of the run."""
+"""How lines begin that the stack says about itself."""
 
 
 class FailedRun(Exception):
@@ -42,52 +40,18 @@ def run_command(args: list[str]) -> str:
         FailedRun: Wrong while training.
     """
     _silence()
-    cli = None
     try:
-        cli = _Cli(args)
-    except InputError as error:
-        raise ConfigError(_located(error, args)) from error
+        return TrainerCLI(args).summary()
     except (NonFiniteError, OSError) as error:
         raise FailedRun(str(error)) from error
-    return cli.summary()
-
-
-class _Cli(TrainerCLI):
-    """Remembers the parser of a construction that failed, so that its error can be located."""
-
-    latest: TrainerCLI | None = None
-
-    def __init__(self, args: list[str]) -> None:
-        _Cli.latest = self
-        super().__init__(args)
-
-
-def _located(error: InputError, args: list[str]) -> str:
-    if error.key is None:
-        return str(error)
-    parser = getattr(_Cli.latest, "parser", None)
-    place = parser.place_of(f"{args[0]}.{error.key}") if parser is not None else ""
-    return f"{place}: {error.key}: {error}" if place else f"{error.key}: {error}"
 
 
 def _silence() -> None:
-    """Turn off what the stack says about itself; what is wrong with a run is still said."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*deprecated.*")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*`weights_only` was not set.*")
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")  # first and last step are logged
     for name in ("utilities.rank_zero", "accelerators.cuda", "trainer.connectors.checkpoint_connector"):
         logging.getLogger(f"lightning.pytorch.{name}").addFilter(_is_news)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    text = record.getMessage()
-    noise = (
-        "GPU available",
-        "TPU available",
-        "HPU available",
-        "💡 Tip",
-        "Restor",
-        "`Trainer.fit` stopped",
-        "LOCAL_RANK",
-    )
-    return not text.lstrip().startswith(noise)
+    return not record.getMessage().lstrip().startswith(NOISE)

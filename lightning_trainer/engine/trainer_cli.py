@@ -15,6 +15,7 @@ from lightning_trainer.callbacks import HuggingFaceExport, PredictionWriter, Pre
 from lightning_trainer.checkpoints import about
 from lightning_trainer.data import ChatDataModule
 from lightning_trainer.engine.checkpoint_io import DirectoryCheckpointIO
+from lightning_trainer.engine.config_file import ConfigError
 from lightning_trainer.engine.logger import RunLogger
 from lightning_trainer.engine.parser import ConfigParser
 from lightning_trainer.engine.run_directory import RunDirectory, check_unchanged, environment
@@ -43,6 +44,9 @@ class TrainerCLI(LightningCLI):
     Args:
         args: Command line without the program's name, or a configuration as nested dicts.
 
+    Raises:
+        ConfigError: Something is wrong that shows before training begins.
+
     Attributes:
         run: The run directory.
         resumed_from: The checkpoint the run goes on from, if any.
@@ -50,18 +54,29 @@ class TrainerCLI(LightningCLI):
 
     def __init__(self, args: list[str] | dict[str, Any] | None = None) -> None:
         self.resumed_from: Path | None = None
-        super().__init__(
-            CausalLMModule,
-            ChatDataModule,
-            parser_class=ConfigParser,
-            trainer_defaults=TRAINER_DEFAULTS,
-            seed_everything_default=42,
-            save_config_callback=None,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            parser_kwargs={"prog": "lightning-trainer"},
-            args=args,
-        )
+        try:
+            super().__init__(
+                CausalLMModule,
+                ChatDataModule,
+                parser_class=ConfigParser,
+                trainer_defaults=TRAINER_DEFAULTS,
+                seed_everything_default=42,
+                save_config_callback=None,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                parser_kwargs={"prog": "lightning-trainer"},
+                args=args,
+            )
+        except InputError as error:
+            raise ConfigError(self._located(error)) from error
+
+    def _located(self, error: InputError) -> str:
+        """The message, behind the file, line and key it is about."""
+        if error.key is None:
+            return str(error)
+        command = getattr(self, "subcommand", None) or ""
+        place = self.parser.place_of(f"{command}.{error.key}") if isinstance(self.parser, ConfigParser) else ""
+        return ": ".join([*([place] if place else []), error.key, str(error)])
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What a run has besides model, data and trainer."""
