@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_trainer import checkpoints
 from lightning_trainer.callbacks.finite import raise_if_nonfinite
@@ -163,7 +163,7 @@ class RunCheckpoint(Checkpoint):
             signum = int(trainer.strategy.reduce(asked, reduce_op="max"))
         if not signum:
             return
-        rank_zero_info(f"{signal.Signals(signum).name}: saving a checkpoint at optimizer step {trainer.global_step}")
+        trainer.print(f"{signal.Signals(signum).name}: saving a checkpoint at optimizer step {trainer.global_step}")
         if trainer.global_step and trainer.global_step != self._saved_step:
             self.save(trainer)
         raise Interrupted(signum)
@@ -250,7 +250,7 @@ class RunCheckpoint(Checkpoint):
 
 def _validate_now(trainer: Trainer) -> None:
     """Run the validation that was due when the checkpoint was made, as the training loop would have."""
-    rank_zero_info("the checkpoint was made before a validation that was due; it is made up for now")
+    trainer.print("the checkpoint was made before a validation that was due; it is made up for now")
     loop = trainer.fit_loop.epoch_loop.val_loop
     loop.restarting = False  # from its first batch, not from where the validation before it ended
     trainer.validating = True

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_trainer import pretrained
 
@@ -40,4 +39,4 @@ class HuggingFaceExport(Callback):
         finally:
             shutil.rmtree(tmp, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
-        rank_zero_info(f"exported to {target}")
+        trainer.print(f"exported to {target}")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_trainer.generation import generate
 from lightning_trainer.preview import Prompter
@@ -72,4 +71,4 @@ class PredictionWriter(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the file in place."""
         self._tmp.replace(self._path)
-        rank_zero_info(f"{self._written} answers in {self._path}")
+        trainer.print(f"{self._written} answers in {self._path}")

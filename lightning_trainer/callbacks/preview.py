@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_trainer.preview import PreviewBackend, Prompter
 from lightning_trainer.types import InputError, PreviewRequest, PreviewResult
@@ -51,6 +52,7 @@ class PreviewCallback(Callback):
         self._requests: list[PreviewRequest] = []
         self._last_step = -1
         self._broken = False
+        self._failures = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the prompts, through the profile and template that training uses."""
@@ -83,19 +85,21 @@ class PreviewCallback(Callback):
             self._preview(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The step of the last preview, so that a resumed run does not repeat it."""
-        return {"last_step": self._last_step}
+        """The step of the last preview, so that a resumed run does not repeat it, and the failures so far."""
+        return {"last_step": self._last_step, "failures": self._failures}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on after the last preview."""
-        self._last_step = state_dict["last_step"]
+        self._last_step, self._failures = state_dict["last_step"], state_dict["failures"]
 
     def _preview(self, trainer: Trainer) -> None:
         if self._broken or not self._requests or not trainer.is_global_zero:
             return
         self._last_step = trainer.global_step
         try:
-            self._show(trainer, self._answers(trainer.global_step))
+            started = time.perf_counter()
+            results = self._answers(trainer.global_step)
+            self._show(trainer, results, stall=time.perf_counter() - started)
         except Exception as error:  # a preview must never end a training run: it is said once, and previews stop
             self._broken = True
             rank_zero_warn(f"previews are off for the rest of this run: {type(error).__name__}: {error}")
@@ -110,10 +114,13 @@ class PreviewCallback(Callback):
 
     # -------------------------------------------------------------------------------------------------- what is seen
 
-    def _show(self, trainer: Trainer, results: Sequence[PreviewResult]) -> None:
+    def _show(self, trainer: Trainer, results: Sequence[PreviewResult], stall: float) -> None:
         step = trainer.global_step
+        self._failures += sum(not result.success for result in results)
         self._write_lines(Path(trainer.default_root_dir) / "previews.jsonl", results)
         metrics = {
+            "preview/stall_ms": 1000 * stall,
+            "preview/failures": float(self._failures),
             "preview/latency_seconds": max((r.generation_time_sec for r in results), default=0.0),
             "preview/weights_step": float(results[0].weights_step or 0) if results else 0.0,
             "preview/age_steps": float(step - (results[0].weights_step or 0)) if results else 0.0,
@@ -127,7 +134,7 @@ class PreviewCallback(Callback):
                 for number, result in enumerate(results):
                     logger.experiment.add_text(f"preview/{number}", as_markdown(result, self.origin), step)
         told = "" if self.pass_rate is None else f", {self.pass_rate:.0%} of {len(results)} pass"
-        rank_zero_info(f"step {step}: previews by the weights of step {metrics['preview/weights_step']:.0f}{told}")
+        trainer.print(f"step {step}: previews by the weights of step {metrics['preview/weights_step']:.0f}{told}")
 
     def _write_lines(self, path: Path, results: Sequence[PreviewResult]) -> None:
         lines = []

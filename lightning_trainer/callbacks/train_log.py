@@ -43,9 +43,9 @@ class TrainLog(Callback):
         self._seconds += time.perf_counter() - self._started
         self._step_tokens = getattr(batch, "step_tokens", 1)
         if due:
-            shown = ("train/loss", "train/tokens_per_second")
-            metrics = {name: value for name, value in self._log(trainer, pl_module).items() if name in shown}
-            pl_module.log_dict(metrics, prog_bar=True, logger=False, batch_size=1)
+            metrics = self._log(trainer, pl_module)
+            shown = {"train/loss": metrics["train/loss"], "tokens/s": round(metrics["train/tokens_per_second"])}
+            pl_module.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Note the rate this step is made with: once it is made, the scheduler has moved on."""

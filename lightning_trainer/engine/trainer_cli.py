@@ -194,6 +194,8 @@ class TrainerCLI(LightningCLI):
         """The last lines: of `fit` what was learned, where the run is, how to look at it; else the metrics."""
         trainer = self.trainer
         metrics = trainer.callback_metrics
+        if not trainer.is_global_zero:
+            return ""
         if self.subcommand != "fit":
             return "\n".join(f"{name} {float(value):.6g}" for name, value in metrics.items())
         previews = [c for c in trainer.callbacks if isinstance(c, PreviewCallback) and c.pass_rate is not None]  # type: ignore[attr-defined]

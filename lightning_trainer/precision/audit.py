@@ -11,15 +11,22 @@ from torch.optim import Optimizer
 ROTARY = "inv_freq"
 """How the names of rotary buffers end, `sliding_attention_inv_freq` and `original_inv_freq` among them."""
 
-EXCEPTIONS = {
-    "the loss sum": "fp32",
-    "AdamW's step counter": "fp32",
-    "rotary frequencies": "fp32",  # rounded to bf16 they err more than bf16 weights do, beyond 2k tokens
-    "modules that transformers declares must stay fp32": "fp32",
-    "moments under 16-true": "fp32",  # squares of gradients underflow fp16
-    "low_bits of CompensatedAdamW": "int16",  # what rounding cuts off bf16 weights
-}
-"""Everything that may have another dtype, for the line printed at start."""
+IN_FP32 = (
+    "the loss sum",
+    "AdamW's step counter",
+    "rotary frequencies",  # rounded to bf16 they err more than bf16 weights do, beyond 2k tokens
+    "modules that transformers declares must stay fp32",
+)
+"""What is fp32 in a run of another dtype."""
+
+
+def exceptions(dtype: torch.dtype) -> dict[str, str]:
+    """Everything that has another dtype than the run's, for the line printed at start."""
+    if dtype == torch.float32:
+        return {}
+    own = {torch.float16: "moments", torch.bfloat16: "low_bits of CompensatedAdamW"}[dtype]
+    # fp16: squares of gradients underflow it. bf16: the bits that rounding cuts off its weights.
+    return {**dict.fromkeys(IN_FP32, "fp32"), own: "fp32" if dtype == torch.float16 else "int16"}
 
 
 def wrong_weights(module: nn.Module, dtype: torch.dtype) -> list[str]:

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_trainer.precision.audit import EXCEPTIONS, wrong_gradients, wrong_moments, wrong_weights
+from lightning_trainer.precision.audit import exceptions, wrong_gradients, wrong_moments, wrong_weights
 from lightning_trainer.types import InputError
 
 PrecisionName = Literal["32-true", "bf16-true", "16-true"]
@@ -61,8 +61,8 @@ class SingleDtypePrecision(Precision):
             DtypeError: With the offending names.
         """
         self._fail(wrong_weights(module, self.dtype), "before training")
-        exceptions = "; ".join(f"{name} ({dtype})" for name, dtype in EXCEPTIONS.items())
-        rank_zero_info(f"one dtype, {self.dtype}, for everything but: {exceptions}")
+        others = "; ".join(f"{name} ({dtype})" for name, dtype in exceptions(self.dtype).items())
+        rank_zero_info(f"one dtype for everything: {self.dtype}" + (f"; except {others}" if others else ""))
         return module
 
     def forward_context(self) -> Any:

@@ -362,3 +362,20 @@ def test_gradient_checkpointing_and_full_loss_change_nothing(job: Job, tmp_path:
     assert same(found["plain"], found["checkpointed"])
     for key, value in found["plain"].items():
         torch.testing.assert_close(found["full"][key], value, atol=1e-5, rtol=1e-4)
+
+
+def test_two_ranks_are_one_process_with_twice_the_batch(job: Job, tmp_path: Path, scalars: Scalars) -> None:
+    """Started as a user starts it; the same loss and gradient, step by step, over rows of unequal lengths."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    config = job(trainer={"max_steps": 5, "accumulate_grad_batches": 1})
+    assert fit(config, "--data.batch_size", "4", "--trainer.default_root_dir", str(one)) == 0
+    words = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--trainer.default_root_dir", str(two)]
+    subprocess.run(
+        [sys.executable, "-m", "lightning_trainer", "fit", "--config", str(config), "--data.batch_size", "2", *words],
+        check=True,
+        capture_output=True,
+        timeout=150,
+    )
+    for tag in ("train/loss", "train/grad_norm", "train/lr", "train/trained_token_fraction", "val/loss"):
+        if tag in scalars(one):
+            assert scalars(two)[tag] == [pytest.approx(point, rel=1e-6) for point in scalars(one)[tag]]
