@@ -63,7 +63,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _guarded(words: list[str]) -> int:
-    from lightning_trainer.engine.config_file import ConfigError, check_command_line
+    from lightning_trainer.engine.config.config_file import ConfigError, check_command_line
 
     handlers = _catch_signals()
     try:

@@ -15,9 +15,9 @@ from lightning_trainer.callbacks import HuggingFaceExport, PredictionWriter, Pre
 from lightning_trainer.checkpoints import about
 from lightning_trainer.data import ChatDataModule
 from lightning_trainer.engine.checkpoint_io import DirectoryCheckpointIO
-from lightning_trainer.engine.config_file import ConfigError
+from lightning_trainer.engine.config.config_file import ConfigError
+from lightning_trainer.engine.config.parser import ConfigParser
 from lightning_trainer.engine.logger import RunLogger
-from lightning_trainer.engine.parser import ConfigParser
 from lightning_trainer.engine.run_directory import RunDirectory, check_unchanged, environment
 from lightning_trainer.model import CausalLMModule
 from lightning_trainer.precision import SingleDtypePrecision

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from lightning_trainer.engine.suggest import did_you_mean, nearest
+from lightning_trainer.engine.config.suggest import did_you_mean, nearest
 
 COMMAND_LINE = "command line"
 MERGE_TAG = "tag:yaml.org,2002:merge"

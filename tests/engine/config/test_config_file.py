@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_trainer.engine.config_file import ConfigError, Position, check_command_line, read_positions
+from lightning_trainer.engine.config.config_file import ConfigError, Position, check_command_line, read_positions
 
 
 def write(folder: Path, text: str | bytes, name: str = "run.yaml") -> Path:
@@ -153,7 +153,7 @@ def test_the_check_loads_no_torch_and_is_quick(tmp_path: Path) -> None:
     program = (
         "import sys, time\n"
         "start = time.process_time()\n"
-        "from lightning_trainer.engine.config_file import check_command_line\n"
+        "from lightning_trainer.engine.config.config_file import check_command_line\n"
         "check_command_line(['fit', '--config', sys.argv[1]])\n"
         "print(time.process_time() - start)\n"
         "print([name for name in ('torch', 'lightning', 'jsonargparse') if name in sys.modules])\n"

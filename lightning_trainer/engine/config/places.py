@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lightning_trainer.engine.config_file import COMMAND_LINE, Position
+from lightning_trainer.engine.config.config_file import COMMAND_LINE, Position
 
 LONGEST_PATH = 255
 

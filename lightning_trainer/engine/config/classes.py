@@ -6,8 +6,8 @@ import inspect
 import sys
 from typing import Any
 
-from lightning_trainer.engine import messages, schema
-from lightning_trainer.engine.suggest import did_you_mean, nearest
+from lightning_trainer.engine.config import messages, schema
+from lightning_trainer.engine.config.suggest import did_you_mean, nearest
 
 
 class ClassNameFault(Exception):

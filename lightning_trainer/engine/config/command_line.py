@@ -9,12 +9,12 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from lightning_trainer.engine import messages, schema
-from lightning_trainer.engine.config_file import COMMAND_LINE, is_config_path, read_config_argument
-from lightning_trainer.engine.places import Fault, Place, Source
-from lightning_trainer.engine.schema import Schema
-from lightning_trainer.engine.strict import StrictWalk
-from lightning_trainer.engine.suggest import did_you_mean, nearest
+from lightning_trainer.engine.config import messages, schema
+from lightning_trainer.engine.config.config_file import COMMAND_LINE, is_config_path, read_config_argument
+from lightning_trainer.engine.config.places import Fault, Place, Source
+from lightning_trainer.engine.config.schema import Schema
+from lightning_trainer.engine.config.strict import StrictWalk
+from lightning_trainer.engine.config.suggest import did_you_mean, nearest
 
 HERE = Source(COMMAND_LINE)
 

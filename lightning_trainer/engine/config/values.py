@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 
-from lightning_trainer.engine import schema
+from lightning_trainer.engine.config import schema
 
 
 def loaded(value: Any) -> Any:

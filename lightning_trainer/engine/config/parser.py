@@ -9,12 +9,12 @@ from typing import Any, NoReturn
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_trainer.engine import messages
-from lightning_trainer.engine.command_line import CommandLineWalk, asks_for_help
-from lightning_trainer.engine.config_file import COMMAND_LINE, ConfigError
-from lightning_trainer.engine.places import Fault, Place, Source
-from lightning_trainer.engine.schema import Schema
-from lightning_trainer.engine.strict import StrictWalk
+from lightning_trainer.engine.config import messages
+from lightning_trainer.engine.config.command_line import CommandLineWalk, asks_for_help
+from lightning_trainer.engine.config.config_file import COMMAND_LINE, ConfigError
+from lightning_trainer.engine.config.places import Fault, Place, Source
+from lightning_trainer.engine.config.schema import Schema
+from lightning_trainer.engine.config.strict import StrictWalk
 
 MOST_FAULTS = 5
 IN_PYTHON = "configuration"

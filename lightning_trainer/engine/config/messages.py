@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from typing import Any, get_args
 
-from lightning_trainer.engine import schema
-from lightning_trainer.engine.config_file import COMMAND_LINE
+from lightning_trainer.engine.config import schema
+from lightning_trainer.engine.config.config_file import COMMAND_LINE
 
 LONGEST_VALUE = 60
 MOST_NAMES = 12

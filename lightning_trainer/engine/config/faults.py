@@ -6,10 +6,10 @@ from typing import Any
 
 import yaml
 
-from lightning_trainer.engine import messages, schema
-from lightning_trainer.engine.places import Fault, Place, joined
-from lightning_trainer.engine.schema import Hint, Schema
-from lightning_trainer.engine.suggest import did_you_mean, nearest
+from lightning_trainer.engine.config import messages, schema
+from lightning_trainer.engine.config.places import Fault, Place, joined
+from lightning_trainer.engine.config.schema import Hint, Schema
+from lightning_trainer.engine.config.suggest import did_you_mean, nearest
 
 SPEC_KEYS = ("class_path", "init_args", "dict_kwargs")
 """The keys that name a class and its parameters."""

@@ -12,13 +12,13 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lightning_trainer.engine import faults, messages, schema
-from lightning_trainer.engine.classes import ClassNameFault, concrete_base, find_class, is_like_class
-from lightning_trainer.engine.faults import SPEC_KEYS
-from lightning_trainer.engine.places import Fault, Place, joined
-from lightning_trainer.engine.schema import Hint, Schema
-from lightning_trainer.engine.suggest import nearest
-from lightning_trainer.engine.values import as_mapping, flat, loaded, nested
+from lightning_trainer.engine.config import faults, messages, schema
+from lightning_trainer.engine.config.classes import ClassNameFault, concrete_base, find_class, is_like_class
+from lightning_trainer.engine.config.faults import SPEC_KEYS
+from lightning_trainer.engine.config.places import Fault, Place, joined
+from lightning_trainer.engine.config.schema import Hint, Schema
+from lightning_trainer.engine.config.suggest import nearest
+from lightning_trainer.engine.config.values import as_mapping, flat, loaded, nested
 
 
 @dataclass(frozen=True)

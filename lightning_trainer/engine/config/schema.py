@@ -45,7 +45,7 @@ from jsonargparse._typehints import (
 )
 from jsonargparse._util import get_typehint_origin, import_object
 
-from lightning_trainer.engine.suggest import nearest
+from lightning_trainer.engine.config.suggest import nearest
 
 Hint = Any
 """A type hint: a class, a union, a generic alias, …"""

@@ -16,8 +16,8 @@ from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerCallable, OptimizerCallable
 
-from lightning_trainer.engine.config_file import ConfigError
-from lightning_trainer.engine.parser import ConfigParser
+from lightning_trainer.engine.config.config_file import ConfigError
+from lightning_trainer.engine.config.parser import ConfigParser
 
 pytestmark = pytest.mark.filterwarnings(  # LightningCLI 2.6 calls what jsonargparse 4.5x renames
     "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"
