@@ -24,6 +24,10 @@ STATE, INDEX, LAST = "trainer.pt", "checkpoint.json", "last.ckpt"
 _STEP = re.compile(r"step=(\d+)\.ckpt")
 
 
+class CheckpointWriteError(OSError):
+    """A checkpoint could not be written; what was there before is as it was."""
+
+
 def step_name(step: int) -> str:
     """Directory name of an optimizer step."""
     return f"step={step:06d}.ckpt"
@@ -44,11 +48,11 @@ def write(target: Path, fill: Callable[[Path], None], about: dict[str, Any]) -> 
         about: Plain values for `checkpoint.json`.
 
     Raises:
-        OSError: It could not be written (a full disk, a read-only directory); nothing that was there has changed.
+        CheckpointWriteError: A full disk, a read-only directory; nothing that was there has changed.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     tmp = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir()
         fill(tmp)
@@ -58,9 +62,10 @@ def write(target: Path, fill: Callable[[Path], None], about: dict[str, Any]) -> 
             _sync_directory(directory)
         _put_in_place(tmp, target)
         _sync_directory(target.parent)
-    except BaseException:
-        shutil.rmtree(tmp, ignore_errors=True)
-        raise
+    except OSError as error:
+        raise CheckpointWriteError(error.errno, f"the checkpoint {target} could not be written: {error}") from error
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)  # after the rename there is none
 
 
 def _put_in_place(tmp: Path, target: Path) -> None:
@@ -168,6 +173,18 @@ def find_last(folder: Path, say: Callable[[str], None]) -> Path | None:
             return path
         say(f"the checkpoint {path.name} is damaged and passed over: {wrong}")
     return None
+
+
+def set_aside_after(folder: Path, step: int) -> list[Path]:
+    """Rename the checkpoints of later steps: the run goes on from `step`, and theirs is another future.
+
+    Returns:
+        Where they are now.
+    """
+    moved = [(path, _aside(path)) for number, path in step_directories(folder) if number > step]
+    for path, aside in moved:
+        path.rename(aside)
+    return [aside for _, aside in moved]
 
 
 def remove_leftovers(folder: Path) -> None:

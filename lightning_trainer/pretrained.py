@@ -96,15 +96,19 @@ def load_model(
     config = load_config(pretrained)
     if not from_scratch:
         return _load_weights(pretrained, config, dtype, attn_implementation)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        config, dtype=dtype, attn_implementation=attn_implementation
-    )
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attn_implementation
+        )
+    except (ValueError, ImportError) as error:
+        raise InputError(str(error), key="model.attn_implementation") from error
     return model
 
 
 def _load_weights(
     pretrained: str, config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str
 ) -> PreTrainedModel:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     source = resolve_pretrained(pretrained, "model.pretrained")
@@ -113,10 +117,9 @@ def _load_weights(
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, config=config, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(
-            f"no weights could be loaded from {pretrained!r}: {error}\n"
-            "set model.from_scratch: true to start from random weights",
+            f"no weights could be loaded from {pretrained!r} (model.from_scratch: true takes random ones): {error}",
             key="model.pretrained",
         ) from error
     model: PreTrainedModel

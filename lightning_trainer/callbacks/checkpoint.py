@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 import shutil
 import signal
@@ -37,7 +38,7 @@ class RunCheckpoint(Checkpoint):
         keep_last: Newest step directories kept, besides the best.
         monitor: Metric by which the best are kept, e.g. val/loss; null keeps none besides the newest.
         mode: Whether the best monitor is the smallest or the largest.
-        save_top_k: How many of the best are kept.
+        save_top_k: How many of the best are kept; -1 keeps all.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class RunCheckpoint(Checkpoint):
         for name, value, least in (
             ("every_n_train_steps", every_n_train_steps, 1),
             ("keep_last", keep_last, 1),
-            ("save_top_k", save_top_k, 0),
+            ("save_top_k", save_top_k, -1),
         ):
             if value < least:
                 raise InputError(f"must be at least {least}, not {value}", key=f"checkpoint.{name}")
@@ -74,8 +75,22 @@ class RunCheckpoint(Checkpoint):
         if stage == "fit" and trainer.is_global_zero:
             checkpoints.remove_leftovers(self._folder(trainer))
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a monitor that nothing will ever set.
+
+        Raises:
+            InputError: See above.
+        """
+        if self.monitor is not None and not trainer.limit_val_batches:
+            raise InputError(
+                f"there is no validation in this run, and so no {self.monitor!r}", key="checkpoint.monitor"
+            )
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the signals, put the random generators where they were, make up for a validation cut short."""
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            for path in checkpoints.set_aside_after(self._folder(trainer), trainer.global_step):
+                trainer.print(f"a checkpoint of a later step, from before this start, is now {path.name}")
         for signum in (signal.SIGINT, signal.SIGTERM):
             self._handlers[signum] = signal.signal(signum, self._on_signal)
         # The loaders may have been made before the checkpoint was read (to count the steps for a schedule); Lightning
@@ -124,12 +139,20 @@ class RunCheckpoint(Checkpoint):
         self._validation_due = False
         if self._save_after_validation:  # so that a resumed run has the metrics of this step, once
             self.save(trainer)
-        score = trainer.callback_metrics.get(self.monitor) if self.monitor is not None else None
-        if score is None:
+        if self.monitor is None:
             return
+        score = trainer.callback_metrics.get(self.monitor)
+        if score is None:
+            raise InputError(
+                f"there is no metric {self.monitor!r}; choose from {', '.join(sorted(trainer.callback_metrics))}",
+                key="checkpoint.monitor",
+            )
         sign = 1 if self.mode == "min" else -1
-        ranked = sorted([*self.best, (float(score), trainer.global_step)], key=lambda entry: sign * entry[0])
-        self.best = ranked[: self.save_top_k]
+        ranked = sorted(
+            [*self.best, (float(score), trainer.global_step)],
+            key=lambda entry: math.inf if math.isnan(entry[0]) else sign * entry[0],
+        )
+        self.best = ranked if self.save_top_k == -1 else ranked[: self.save_top_k]
         if any(step == trainer.global_step for _, step in self.best):
             self.save(trainer)
 
@@ -137,6 +160,7 @@ class RunCheckpoint(Checkpoint):
         """The end of a run is always saved."""
         if trainer.global_step and trainer.global_step != self._saved_step:
             self.save(trainer)
+        self._end_if_asked(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back."""
@@ -175,7 +199,7 @@ class RunCheckpoint(Checkpoint):
 
         Raises:
             NonFiniteError: Some update since the last checkpoint was not finite.
-            OSError: It could not be written; the previous one is intact.
+            CheckpointWriteError: It could not be written; the previous one is intact.
         """
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -196,9 +220,9 @@ class RunCheckpoint(Checkpoint):
     def _write(self, trainer: Trainer, path: Path) -> None:
         try:
             trainer.save_checkpoint(path)
-        except OSError as error:
-            left = f"the previous one, {self.last_path}, is intact" if self.last_path else "there is none before it"
-            raise OSError(error.errno, f"the checkpoint {path} could not be written ({error}); {left}") from error
+        except checkpoints.CheckpointWriteError as error:
+            left = f"the last one, {self.last_path}, is intact" if self.last_path else "there is none before it"
+            raise checkpoints.CheckpointWriteError(error.errno, f"{error.strerror}; {left}") from error
 
     @rank_zero_only
     def _prune(self, folder: Path) -> None:
@@ -237,7 +261,7 @@ class RunCheckpoint(Checkpoint):
             )
         self._rng = checkpoint.get("rng")
         self._validation_due = bool(checkpoint.get("validation_due"))
-        self._saved_step = int(checkpoint["global_step"])
+        self._saved_step, self.last_path = int(checkpoint["global_step"]), checkpoint.get("directory")
 
     def state_dict(self) -> dict[str, Any]:
         """The best so far."""

@@ -18,10 +18,14 @@ class HuggingFaceExport(Callback):
     Args:
         directory: Where; null: `export` in the run directory. What stands there is replaced only when the new one is
             whole.
+
+    Attributes:
+        written: Where, once it is.
     """
 
     def __init__(self, directory: str | None = None) -> None:
         self.directory = directory
+        self.written: Path | None = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the export."""
@@ -39,4 +43,5 @@ class HuggingFaceExport(Callback):
         finally:
             shutil.rmtree(tmp, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
+        self.written = target
         trainer.print(f"exported to {target}")

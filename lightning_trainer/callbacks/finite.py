@@ -30,5 +30,5 @@ def raise_if_nonfinite(trainer: Any) -> None:
     raise NonFiniteError(
         f"the loss or the gradient was NaN or Inf at optimizer step {int(plugin.first_nonfinite)}; that update was "
         "not applied and no checkpoint was made since. Lower the learning rate, or look at the rows of that step; "
-        "--ckpt_path last goes on from the last checkpoint"
+        "--ckpt_path auto goes on from the last checkpoint, or from the start where there is none"
     )

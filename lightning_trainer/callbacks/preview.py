@@ -6,7 +6,8 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,21 +56,49 @@ class PreviewCallback(Callback):
         self._failures = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the prompts, through the profile and template that training uses."""
-        module: Any = pl_module
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        """Make the prompts, through the profile and template that training uses.
+
+        Raises:
+            InputError: There is no backend, or a prompt of the YAML cannot be used.
+        """
         if self.backend is None:
             raise InputError("PreviewCallback has no backend: give it one, or run it through `fit`")
-        prompter = Prompter(data.profile, module.tokenizer, data.rendered_system_prompt(), data.system_prompt_mode)
-        self.backend.bind(prompter, module.causal_lm)
-        if self.prompts is not None:
-            rows = [prompter.request({"prompt": text}, str(i)) for i, text in enumerate(self.prompts)]
-        else:
-            conversations, self.origin = data.conversations(self.num_prompts)
-            rows = [prompter.request_of(c, f"{self.origin}-{i}") for i, c in enumerate(conversations)]
-        self._requests = rows
+        with self._guard():
+            module: Any = pl_module
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            prompter = Prompter(data.profile, module.tokenizer, data.rendered_system_prompt(), data.system_prompt_mode)
+            self.backend.bind(prompter, module.causal_lm)
+            self._requests = self._from_yaml(prompter) if self.prompts is not None else self._from_rows(prompter, data)
+
+    def _from_yaml(self, prompter: Prompter) -> list[PreviewRequest]:
+        try:
+            return [prompter.request({"prompt": text}, str(i)) for i, text in enumerate(self.prompts or [])]
+        except ValueError as error:
+            raise InputError(f"PreviewCallback.prompts: {error}") from error
+
+    def _from_rows(self, prompter: Prompter, data: Any) -> list[PreviewRequest]:
+        conversations, self.origin = data.conversations(self.num_prompts)
         if self.origin == "train":
             rank_zero_warn("previews show training rows: nothing is held out, so there is no preview/pass_rate")
+        requests = []
+        for number, conversation in enumerate(conversations):
+            try:
+                requests.append(prompter.request_of(conversation, f"{self.origin}-{number}"))
+            except ValueError as error:
+                rank_zero_warn(f"{self.origin} row {number} is not previewed: {error}")
+        return requests
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drop the previews an earlier attempt wrote after the step this one starts from: they are made again."""
+        path = self._path(trainer)
+        if not trainer.is_global_zero or not path.exists():
+            return
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= trainer.global_step]
+        if len(kept) < len(lines):
+            tmp = path.with_name(f".{path.name}.tmp")
+            tmp.write_text("".join(kept), encoding="utf-8")
+            tmp.replace(path)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -90,19 +119,32 @@ class PreviewCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on after the last preview."""
-        self._last_step, self._failures = state_dict["last_step"], state_dict["failures"]
+        self._last_step, self._failures = state_dict["last_step"], state_dict.get("failures", 0)
 
     def _preview(self, trainer: Trainer) -> None:
         if self._broken or not self._requests or not trainer.is_global_zero:
             return
         self._last_step = trainer.global_step
-        try:
+        with self._guard():
             started = time.perf_counter()
             results = self._answers(trainer.global_step)
-            self._show(trainer, results, stall=time.perf_counter() - started)
+            if results:
+                self._show(trainer, results, stall=time.perf_counter() - started)
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        try:
+            yield
+        except InputError:
+            raise
         except Exception as error:  # a preview must never end a training run: it is said once, and previews stop
             self._broken = True
             rank_zero_warn(f"previews are off for the rest of this run: {type(error).__name__}: {error}")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the model."""
+        if self.backend is not None:
+            self.backend.close()
 
     def _answers(self, step: int) -> list[PreviewResult]:
         assert self.backend is not None
@@ -117,13 +159,14 @@ class PreviewCallback(Callback):
     def _show(self, trainer: Trainer, results: Sequence[PreviewResult], stall: float) -> None:
         step = trainer.global_step
         self._failures += sum(not result.success for result in results)
-        self._write_lines(Path(trainer.default_root_dir) / "previews.jsonl", results)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._write_lines(self._path(trainer), results)
         metrics = {
             "preview/stall_ms": 1000 * stall,
             "preview/failures": float(self._failures),
-            "preview/latency_seconds": max((r.generation_time_sec for r in results), default=0.0),
-            "preview/weights_step": float(results[0].weights_step or 0) if results else 0.0,
-            "preview/age_steps": float(step - (results[0].weights_step or 0)) if results else 0.0,
+            "preview/latency_seconds": max(result.generation_time_sec for result in results),
+            "preview/weights_step": float(results[0].weights_step or 0),
+            "preview/age_steps": float(step - (results[0].weights_step or 0)),
         }
         if self.origin == "val":
             self.pass_rate = sum(bool(r.check and r.check.passed) for r in results) / len(results)
@@ -135,6 +178,10 @@ class PreviewCallback(Callback):
                     logger.experiment.add_text(f"preview/{number}", as_markdown(result, self.origin), step)
         told = "" if self.pass_rate is None else f", {self.pass_rate:.0%} of {len(results)} pass"
         trainer.print(f"step {step}: previews by the weights of step {metrics['preview/weights_step']:.0f}{told}")
+
+    @staticmethod
+    def _path(trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir) / "previews.jsonl"
 
     def _write_lines(self, path: Path, results: Sequence[PreviewResult]) -> None:
         lines = []

@@ -18,9 +18,13 @@ class TrainLog(Callback):
 
     Between log steps it only counts on the host: reading the loss waits for the device, and so does `self.log`.
     Time spent in validation, previews and checkpoints is not counted as training.
+
+    Attributes:
+        last: What was logged last.
     """
 
     def __init__(self) -> None:
+        self.last: dict[str, float] = {}
         self._tokens = self._trained = self._step_tokens = 0
         self._seconds = self._started = self._waited = self._rate = 0.0
 
@@ -81,6 +85,7 @@ class TrainLog(Callback):
             logger.log_metrics(metrics, step=trainer.global_step)
         self._tokens = self._trained = 0
         self._seconds = 0.0
+        self.last = metrics
         return metrics
 
     def _totals(self, trainer: Trainer, module: LightningModule) -> list[float]:

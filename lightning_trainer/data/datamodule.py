@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -100,7 +100,7 @@ class ChatDataModule(lightning.LightningDataModule):
         _check_range("data.min_length", min_length, 0)
         _check_range("data.num_workers", num_workers, 0)
         _check_range("data.val_max_rows", val_max_rows, 0)
-        _check_range("data.val_fraction", val_fraction, 0, 1)
+        _check_range("data.val_fraction", val_fraction, 0, 0.9)
         _check_range("data.seed", seed or 0, 0)
         _check_range("data.max_bad_fraction", max_bad_fraction, 0, 1)
         self.paths = {"train": train_path, "val": val_path, "test": test_path, "predict": predict_path}
@@ -133,9 +133,12 @@ class ChatDataModule(lightning.LightningDataModule):
         """
         for name in self._needed():
             self.stores[name] = self._build(name, show_progress=False)
-        if stage == "fit" and self.trainer is not None and self.trainer.is_global_zero:
-            self.write_reports(Path(self.trainer.default_root_dir))
+        trainer: Any = self.trainer
+        if stage == "fit" and trainer is not None and trainer.is_global_zero and not trainer.fast_dev_run:
+            self.write_reports(Path(trainer.default_root_dir))
         self.check()
+        if stage == "validate" and not len(self.stores.get("val", ())):
+            raise InputError("there are no validation rows: nothing is held out", key="data.val_fraction")
         if stage == "fit" and self.trainer is not None and not len(self.stores.get("val", ())):
             rank_zero_info("nothing is held out: this run has no validation")
             self.trainer.limit_val_batches = 0
@@ -175,6 +178,8 @@ class ChatDataModule(lightning.LightningDataModule):
                 raise InputError(f"{item.file}:{item.line}: {item.reason}", key="data.predict_path")
             row, conversation = item
             conversations.append({**conversation, "origin": f"{row.file}:{row.line}"})
+        if not conversations:
+            raise InputError("there are no rows", key="data.predict_path")
         return ConversationBatches(conversations, self.batch_size)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -189,13 +194,27 @@ class ChatDataModule(lightning.LightningDataModule):
         return self.default_seed if self.seed is None else self.seed
 
     def conversations(self, count: int) -> tuple[list[Conversation], Literal["val", "train"]]:
-        """The first conversations to show previews of, and the split they come from: validation, else training."""
+        """The first conversations to show previews of, and the split they come from: validation, else training.
+
+        Rows that were set aside are not among them.
+        """
         names: tuple[Literal["val", "train"], ...] = ("val", "train")
         for name in names:
-            if name in self.stores and len(self.stores[name]):
-                good = (item[1] for item in self.split(name).conversations() if not isinstance(item, BadRow))
-                return list(islice((c for c in good if "messages" in c), count)), name
+            if len(self.stores.get(name, ())):
+                return list(islice(self._kept(name, count), count)), name
         return [], "train"
+
+    def _kept(self, name: str, count: int) -> Iterator[Conversation]:
+        store = self.stores[name]
+        wanted: set[tuple[str, int]] = set()
+        for row in range(len(store)):
+            origin = store.origin(row)
+            wanted.add((origin.file, origin.line))
+            if len(wanted) == count:
+                break
+        for item in self.split(name).conversations():
+            if not isinstance(item, BadRow) and (item[0].file, item[0].line) in wanted and "messages" in item[1]:
+                yield item[1]
 
     def rendered_system_prompt(self) -> str | None:
         """The system prompt of every conversation of this run."""
@@ -210,6 +229,16 @@ class ChatDataModule(lightning.LightningDataModule):
         prompt = [self.system_prompt, self.system_prompt_mode]
         data = json.dumps([digests, plan, prompt, self.val_max_rows, self.loss_on, self.on_long_row])
         return {"data": _sha(data), **recipe_hashes(self._tokenizer(), self.profile)}
+
+    def check_files(self) -> None:
+        """Refuse files that are not there, before anything is made of those that are.
+
+        Raises:
+            InputError: See above.
+        """
+        for name, paths in self.paths.items():
+            if paths is not None:
+                sources(paths, f"data.{name}_path")
 
     def split(self, name: str) -> Split:
         """One split; made when first asked for.
@@ -241,7 +270,8 @@ class ChatDataModule(lightning.LightningDataModule):
         for name, report in reports.items():
             if name in ("train", "test") and not report["rows"]:
                 why = _first_faults([self.stores[name]])
-                raise InputError(f"no {name} row is left of {report['read']}\n{why}", key=f"data.{name}_path")
+                left = f"no {name} row is left of {report['read']}\n{why}" if report["read"] else "there are no rows"
+                raise InputError(left, key=f"data.{name}_path")
             self._warn_of_drops(name, report)
 
     def write_reports(self, directory: Path) -> None:

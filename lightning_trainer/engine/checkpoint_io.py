@@ -5,12 +5,14 @@ In Lightning's hands it serves every callback that saves, a stock ModelCheckpoin
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
+from safetensors import SafetensorError
 
 from lightning_trainer import checkpoints
 from lightning_trainer.types import InputError
@@ -31,11 +33,15 @@ class DirectoryCheckpointIO(CheckpointIO):
         write_pretrained = state.pop("pretrained", None)
 
         def fill(directory: Path) -> None:
-            if write_pretrained is not None:
-                write_pretrained(directory)
-            torch.save(state, directory / checkpoints.STATE)
+            # Both report a full disk as errors of their own.
+            try:
+                if write_pretrained is not None:
+                    write_pretrained(directory)
+                torch.save(state, directory / checkpoints.STATE)
+            except (SafetensorError, RuntimeError) as error:
+                raise OSError(errno.EIO, str(error)) from error
 
-        about = {"global_step": state.get("global_step"), "epoch": state.get("epoch")}
+        about = {name: state.get(name) for name in ("global_step", "epoch", "run")}
         checkpoints.write(Path(path), fill, about)
 
     def load_checkpoint(

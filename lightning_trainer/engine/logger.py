@@ -15,11 +15,11 @@ class RunLogger(TensorBoardLogger):
 
     Args:
         run_directory: Of the run.
-        resumed_step: Optimizer step the run is resumed from; what an earlier attempt logged after it is hidden.
+        resumed_step: Optimizer step the run goes on from; what an earlier attempt logged after it is hidden.
     """
 
-    def __init__(self, run_directory: Path, resumed_step: int | None = None) -> None:
-        purge: dict[str, Any] = {} if resumed_step is None else {"purge_step": resumed_step + 1}
+    def __init__(self, run_directory: Path, resumed_step: int = 0) -> None:
+        purge: dict[str, Any] = {"purge_step": resumed_step + 1}
         super().__init__(
             save_dir=str(run_directory / "tensorboard"), name="", version="", default_hp_metric=False, **purge
         )

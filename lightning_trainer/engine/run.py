@@ -6,6 +6,7 @@ import logging
 import warnings
 
 from lightning_trainer.callbacks import NonFiniteError
+from lightning_trainer.checkpoints import CheckpointWriteError
 from lightning_trainer.engine.trainer_cli import TrainerCLI
 
 NOISE = (
@@ -42,13 +43,14 @@ def run_command(args: list[str]) -> str:
     _silence()
     try:
         return TrainerCLI(args).summary()
-    except (NonFiniteError, OSError) as error:
+    except (NonFiniteError, CheckpointWriteError) as error:
         raise FailedRun(str(error)) from error
 
 
 def _silence() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*deprecated.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")  # first and last step are logged
+    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")  # callbacks may be swapped
     for name in ("utilities.rank_zero", "accelerators.cuda", "trainer.connectors.checkpoint_connector"):
         logging.getLogger(f"lightning.pytorch.{name}").addFilter(_is_news)
 

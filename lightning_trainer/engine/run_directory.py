@@ -40,20 +40,38 @@ class RunDirectory:
         """Whether a run has been started here."""
         return (self.path / MANIFEST).exists() or self.checkpoints.exists()
 
-    def claim(self, overwrite: bool) -> None:
-        """Make the directory ready for a new run.
+    def has_no_checkpoint(self) -> bool:
+        """Whether no checkpoint stands here, not even a damaged one."""
+        return not checkpoints.step_directories(self.checkpoints)
+
+    def check_writable(self) -> None:
+        """Refuse a place where nothing can be written, before hours of work are done for it.
 
         Raises:
-            InputError: It holds a run, and `overwrite` does not allow moving that aside.
+            InputError: See above.
         """
-        if not self.holds_a_run():
-            return
-        if not overwrite:
-            raise InputError(
-                f"{str(self.path)!r} already holds a run; --ckpt_path last goes on with it, --overwrite true moves it "
-                "aside, --trainer.default_root_dir OTHER starts elsewhere",
-                key="trainer.default_root_dir",
-            )
+        there = self.path
+        while not there.exists() and there != there.parent:
+            there = there.parent
+        if not there.is_dir():
+            raise InputError(f"{str(there)!r} is a file; name a directory", key="trainer.default_root_dir")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise InputError(f"{str(there)!r} is not writable", key="trainer.default_root_dir")
+
+    def refuse(self) -> None:
+        """Say that the directory is taken.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError(
+            f"{str(self.path)!r} already holds a run; --ckpt_path last goes on with it, --overwrite true moves it "
+            "aside, --trainer.default_root_dir OTHER starts elsewhere",
+            key="trainer.default_root_dir",
+        )
+
+    def move_aside(self) -> None:
+        """Rename the directory; nothing is deleted."""
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
             number += 1
@@ -73,6 +91,12 @@ class RunDirectory:
             return None
         if wanted in ("last", "auto"):
             found = checkpoints.find_last(self.checkpoints, rank_zero_warn)
+            if found is None and not self.has_no_checkpoint():
+                raise InputError(
+                    f"all checkpoints in {str(self.checkpoints)!r} are damaged; name another with --ckpt_path, or "
+                    "start anew with --overwrite true",
+                    key="ckpt_path",
+                )
             if found is None and wanted == "last":
                 raise InputError(
                     f"--ckpt_path last: there is no whole checkpoint in {str(self.checkpoints)!r}; --ckpt_path auto "

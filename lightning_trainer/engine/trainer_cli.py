@@ -7,7 +7,9 @@ from typing import Any
 
 from jsonargparse import lazy_instance
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -50,10 +52,12 @@ class TrainerCLI(LightningCLI):
     Attributes:
         run: The run directory.
         resumed_from: The checkpoint the run goes on from, if any.
+        began: Whether training has started.
     """
 
     def __init__(self, args: list[str] | dict[str, Any] | None = None) -> None:
         self.resumed_from: Path | None = None
+        self.began = False
         try:
             super().__init__(
                 CausalLMModule,
@@ -69,6 +73,10 @@ class TrainerCLI(LightningCLI):
             )
         except InputError as error:
             raise ConfigError(self._located(error)) from error
+        except (MisconfigurationException, ValueError) as error:
+            if self.began or not _is_from_lightning(error):
+                raise
+            raise ConfigError(str(error)) from error  # what Lightning refuses only when it sees model and data
 
     def _located(self, error: InputError) -> str:
         """The message, behind the file, line and key it is about."""
@@ -109,10 +117,20 @@ class TrainerCLI(LightningCLI):
         """Find the run directory and the checkpoint, before anything large is loaded."""
         self.run = RunDirectory(self._value("trainer.default_root_dir"))
         self.resumed_from = self.run.resolve_checkpoint(self._value("ckpt_path"))
-        if self.subcommand == "fit" and self.resumed_from is None and _rank() == 0:
-            fresh_start = self._value("ckpt_path") == "auto" and not self.run.checkpoints.exists()
-            if not fresh_start:
-                self.run.claim(self._value("overwrite"))
+        self._belongs = {} if self.resumed_from is None else about(self.resumed_from).get("run") or {}
+        if self.subcommand == "fit":
+            self.run.check_writable()
+            self._takes_over = self._is_taken() and _rank() == 0
+            if self._takes_over and not self._value("overwrite"):
+                self.run.refuse()
+
+    def _is_taken(self) -> bool:
+        """Whether the directory holds a run that this one does not go on with."""
+        if self._value("trainer.fast_dev_run") or not self.run.holds_a_run():
+            return False
+        if self.resumed_from is None:
+            return not (self._value("ckpt_path") == "auto" and self.run.has_no_checkpoint())
+        return self.resumed_from.resolve().parent != self.run.checkpoints.resolve()
 
     def _value(self, key: str) -> Any:
         return self.config[str(self.subcommand)].get(key)
@@ -131,13 +149,21 @@ class TrainerCLI(LightningCLI):
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         config["plugins"] = [*plugins, SingleDtypePrecision(precision), DirectoryCheckpointIO()]  # type: ignore[arg-type]
+        for key, least in (("accumulate_grad_batches", 1), ("gradient_clip_val", 0)):
+            if config[key] is not None and config[key] < least:
+                raise InputError(f"must be at least {least}, not {config[key]}", key=f"trainer.{key}")
+        if config["overfit_batches"]:
+            raise InputError(
+                "is not supported: the order of rows is planned anew for every epoch; give a small file instead",
+                key="trainer.overfit_batches",
+            )
         config["logger"] = self._logger(config.get("logger"))
         if config["max_epochs"] is None and config["max_steps"] == -1 and config["max_time"] is None:
             config["max_epochs"] = 1
         callbacks = self._callbacks(config)
         try:
             return self._instantiate_trainer({**config, "callbacks": callbacks}, [])
-        except MisconfigurationException as error:
+        except (MisconfigurationException, ValueError) as error:
             raise InputError(str(error), key="trainer") from error
 
     def _logger(self, given: Any) -> Any:
@@ -145,13 +171,16 @@ class TrainerCLI(LightningCLI):
             return given
         if self.subcommand != "fit":
             return False
-        step = None if self.resumed_from is None else int(about(self.resumed_from)["global_step"])
+        step = 0 if self.resumed_from is None else int(about(self.resumed_from)["global_step"])
         return RunLogger(self.run.path, step)
 
     def _callbacks(self, config: dict[str, Any]) -> list[Callback]:
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
         self._share_backend(given)
+        for callback in given:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(self.run.checkpoints / type(callback).__name__)  # beside ours, not among them
         always = [self._get(self.config_init, key) for key in ("checkpoint", "prediction")]
         return [TrainLog(), *given, *always, RunRecord(self)]
 
@@ -164,11 +193,15 @@ class TrainerCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Give the data module what belongs to the run; refuse to go on with other data, before it is tokenised."""
         self.datamodule.default_seed = int(self._value("seed_everything") or 0)
-        self.datamodule.run_date = self.run.manifest().get("date", self.datamodule.run_date)
+        self.datamodule.run_date = self._belongs.get("date", self.datamodule.run_date)
+        self.datamodule.check_files()
         self.datamodule.tokenizer = self.model.tokenizer
-        if self.subcommand == "fit" and self.resumed_from is not None:
-            old = self.run.manifest().get("fingerprints", {})
-            check_unchanged(old, self.datamodule.fingerprints(), self._value("allow_changed"))
+        if self.subcommand == "fit":
+            if self.resumed_from is not None:
+                old = self._belongs.get("fingerprints", {})
+                check_unchanged(old, self.datamodule.fingerprints(), self._value("allow_changed"))
+            if self._takes_over:
+                self.run.move_aside()
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -192,23 +225,42 @@ class TrainerCLI(LightningCLI):
 
     def summary(self) -> str:
         """The last lines: of `fit` what was learned, where the run is, how to look at it; else the metrics."""
-        trainer = self.trainer
-        metrics = trainer.callback_metrics
+        trainer: Any = self.trainer
         if not trainer.is_global_zero:
             return ""
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if self.subcommand != "fit":
-            return "\n".join(f"{name} {float(value):.6g}" for name, value in metrics.items())
-        previews = [c for c in trainer.callbacks if isinstance(c, PreviewCallback) and c.pass_rate is not None]  # type: ignore[attr-defined]
-        parts = [f"{name} {float(metrics[name]):.4f}" for name in ("train/loss", "val/loss") if name in metrics]
-        parts += [f"preview/pass_rate {callback.pass_rate:.3f}" for callback in previews]
-        lines = [f"{trainer.global_step} optimizer steps: " + ", ".join(parts), f"run: {self.run.path}"]
-        if (self.run.path / "export").is_dir():
-            lines.append(f"model: {self.run.path / 'export'}")
-        return "\n".join([*lines, f"curves: tensorboard --logdir {self.run.path / 'tensorboard'}"])
+            return "\n".join(f"{name} {value:.6g}" for name, value in metrics.items())
+        return "\n".join([self._learned(metrics), f"run: {self.run.path}", *self._made()])
+
+    def _learned(self, metrics: dict[str, float]) -> str:
+        trainer: Any = self.trainer
+        for callback in trainer.callbacks:
+            metrics.update(callback.last if isinstance(callback, TrainLog) else {})
+        parts = [f"{name} {metrics[name]:.4f}" for name in ("train/loss", "val/loss") if name in metrics]
+        previews = [c.pass_rate for c in trainer.callbacks if isinstance(c, PreviewCallback)]
+        parts += [f"preview/pass_rate {rate:.3f}" for rate in previews if rate is not None]
+        return f"{trainer.global_step} optimizer steps: {', '.join(parts)}"
+
+    def _made(self) -> list[str]:
+        trainer: Any = self.trainer
+        exports = [c.written for c in trainer.callbacks if isinstance(c, HuggingFaceExport)]
+        curves = [Path(logger.log_dir) for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        return [
+            *(f"model: {path}" for path in exports if path is not None),
+            *(f"curves: tensorboard --logdir {path}" for path in curves),
+        ]
 
 
 def _named(cls: type) -> dict[str, str]:
     return {"class_path": f"{cls.__module__}.{cls.__qualname__}"}
+
+
+def _is_from_lightning(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("lightning.")
 
 
 def _rank() -> int:
@@ -221,19 +273,20 @@ class RunRecord(Callback):
 
     def __init__(self, cli: TrainerCLI) -> None:
         self.cli = cli
+        self.about: dict[str, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The run has begun: from here on the directory is taken."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self.cli.began = True
+        self.about = {"date": data.run_date, "fingerprints": data.fingerprints()}
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        manifest = self.cli.run.manifest()
         attempt = {**environment(), "from_step": trainer.global_step}
-        self.cli.run.write_manifest(
-            {
-                "date": data.run_date,
-                "fingerprints": data.fingerprints(),
-                "attempts": [*manifest.get("attempts", []), attempt],
-            }
-        )
+        attempts = [*self.cli.run.manifest().get("attempts", []), attempt]
+        self.cli.run.write_manifest({**self.about, "attempts": attempts})
         self.cli.run.save_config(self.cli.resolved_config())
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Every checkpoint knows what it was trained on, wherever it is resumed."""
+        checkpoint["run"] = self.about

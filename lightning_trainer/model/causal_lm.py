@@ -126,8 +126,6 @@ class CausalLMModule(lightning.LightningModule):
             f"{type(self.causal_lm).__name__}: {trained:,} of {total:,} parameters trained, "
             f"attention {self.causal_lm.config._attn_implementation}, loss {self.loss_name}"
         )
-        if self._packs():
-            probe.refuse_leaks(self.causal_lm)
 
     def on_validation_start(self) -> None:
         """Settle the loss, where no training has."""

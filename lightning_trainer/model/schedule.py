@@ -7,6 +7,7 @@ takes effect at once.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 from torch.optim import Optimizer
@@ -15,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 DEFAULT_WARMUP = 0.03
 
 
-class StepSchedule(LRScheduler):
+class StepSchedule(LRScheduler, ABC):
     """Warm-up, then what the subclass says.
 
     Args:
@@ -55,9 +56,9 @@ class StepSchedule(LRScheduler):
             return (step + 1) / (warmup + 1)
         return self.decay(step - warmup, max(total - warmup, 1))
 
+    @abstractmethod
     def decay(self, step: int, total: int) -> float:
         """Share of the peak rate, `step` steps after the warm-up of `total` that follow it."""
-        raise NotImplementedError(type(self).__name__)
 
     def state_dict(self) -> dict[str, Any]:
         """The step alone: everything else is the user's to set."""

@@ -60,6 +60,7 @@ def fake_trainer(directory: Path, **changes: Any) -> Any:
     values: dict[str, Any] = {
         "state": SimpleNamespace(fn=SimpleNamespace(value="fit")),
         "is_global_zero": True,
+        "fast_dev_run": False,
         "default_root_dir": str(directory),
         "accumulate_grad_batches": 1,
         "world_size": 1,
@@ -314,7 +315,7 @@ def test_raise_holds_for_rows_tokenised_earlier_too(make: Make, tmp_path: Path) 
 
 
 def test_no_row_left_stops_the_run(make: Make, write_rows: Write) -> None:
-    with pytest.raises(InputError, match="no train row is left of 0"):
+    with pytest.raises(InputError, match="there are no rows"):
         set_up(make(write_rows([])))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -294,6 +295,13 @@ def test_a_changed_profile_is_refused_unless_allowed(job: Job, capsys: Any) -> N
         (["--data.max_lenght", "3"], "did you mean --data.max_length?"),
         (["--trainer.use_distributed_sampler", "true"], "must stay false"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
+        (["--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches: must be at least 1, not 0"),
+        (["--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val: must be at least 0, not -1"),
+        (["--trainer.overfit_batches", "2"], "trainer.overfit_batches: is not supported"),
+        (["--trainer.val_check_interval", "5000"], "`val_check_interval` (5000) must be less than or equal"),
+        (["--model.attn_implementation", "bogus"], "bogus"),
+        (["--trainer.default_root_dir", "rows.jsonl"], "'rows.jsonl' is a file; name a directory"),
+        (["--checkpoint.monitor", "val/loss", "--data.val_fraction", "0"], "there is no validation in this run"),
     ],
 )
 def test_what_is_wrong_before_training_exits_2(
@@ -380,3 +388,132 @@ def test_two_ranks_are_one_process_with_twice_the_batch(job: Job, tmp_path: Path
     for tag in ("train/loss", "train/grad_norm", "train/lr", "train/trained_token_fraction", "val/loss"):
         if tag in scalars(one):
             assert scalars(two)[tag] == [pytest.approx(point, rel=1e-6) for point in scalars(one)[tag]]
+
+
+def test_a_full_disk_ends_the_run_in_words_and_keeps_what_was_there(job: Job, tmp_path: Path) -> None:
+    """A limit on the size of files, which `save_pretrained` and `torch.save` both run into."""
+    import resource
+
+    config = job(trainer={"max_epochs": 1, "log_every_n_steps": 50}, checkpoint={"every_n_train_steps": 2})
+    run = tmp_path / "run"
+    assert fit(config, "--trainer.max_steps", "2") == 0
+    size = (run / "checkpoints" / "last.ckpt" / "trainer.pt").stat().st_size
+    for limit in (size // 2, 20_000):  # in trainer.pt; in model.safetensors
+        done = subprocess.run(
+            [sys.executable, "-m", "lightning_trainer", "fit", "--config", str(config), "--ckpt_path", "last"],
+            capture_output=True,
+            text=True,
+            preexec_fn=lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+            check=False,
+        )
+        assert done.returncode == 1
+        last = done.stderr.strip().splitlines()[-1]
+        assert "could not be written" in last
+        assert "step=000002.ckpt, is intact" in last
+        assert "Traceback" not in done.stderr
+    assert [path.name for path in (run / "checkpoints").iterdir() if path.name != "last.ckpt"] == ["step=000002.ckpt"]
+    assert fit(config, "--ckpt_path", "last") == 0
+
+
+def test_going_back_to_an_older_checkpoint_sets_the_newer_ones_aside(job: Job, tmp_path: Path) -> None:
+    config = job(checkpoint={"every_n_train_steps": 2})
+    assert fit(config) == 0
+    folder = tmp_path / "run" / "checkpoints"
+    first = sorted(path.name for path in folder.glob("step=*.ckpt"))[0]
+    assert fit(config, "--ckpt_path", str(folder / first), "--trainer.max_steps", str(int(first[5:11]) + 1)) == 0
+    assert (folder / "last.ckpt").resolve().name == f"step={int(first[5:11]) + 1:06d}.ckpt"
+    assert len(list(folder.glob("step=*.ckpt.old-1"))) == 2
+    assert fit(config, "--ckpt_path", "last") == 0
+
+
+def test_auto_starts_over_where_no_checkpoint_was_made_yet(
+    job: Job, tmp_path: Path, scalars: Scalars, lines: Any
+) -> None:
+    """A run that ended before its first checkpoint: no point of a curve and no preview stands twice."""
+    config = job(trainer={"callbacks": [PREVIEW], "max_epochs": 1})
+    assert fit(config) == 0
+    run = tmp_path / "run"
+    for path in (run / "checkpoints").iterdir():
+        path.unlink() if path.is_symlink() else shutil.rmtree(path)
+    assert fit(config, "--ckpt_path", "auto") == 0
+    steps = [step for step, _ in scalars(run)["train/loss"]]
+    assert steps == list(range(1, len(steps) + 1))
+    previewed = [(p["step"], p["prompt_id"]) for p in lines(run / "previews.jsonl")]
+    assert len(previewed) == len(set(previewed))
+
+
+def test_a_checkpoint_of_another_run_is_compared_with_what_it_was_trained_on(
+    job: Job, tmp_path: Path, capsys: Any
+) -> None:
+    config = job(trainer={"max_epochs": 1}, data={"max_length": 512})
+    assert fit(config) == 0
+    words = ["--ckpt_path", str(tmp_path / "run/checkpoints/last.ckpt"), "--trainer.max_epochs", "2"]
+    other = ["--trainer.default_root_dir", str(tmp_path / "other")]
+    assert fit(config, *words, *other, "--data.profile", "Regime3") == 2
+    assert "was Plain" in capsys.readouterr().err
+    assert fit(config, *words, *other) == 0
+    assert fit(config, *words, *other) == 2  # taken, by another run
+    assert "already holds a run" in capsys.readouterr().err
+
+
+def test_rows_that_cannot_be_previewed_do_not_end_the_run(
+    job: Job, tmp_path: Path, write_rows: Any, chat_rows: Any, lines: Any
+) -> None:
+    """Rows set aside are not previewed either."""
+    rows = [{"messages": [{"role": "assistant", "content": "hello"}]}, *chat_rows(30)]
+    val = write_rows(rows, "val.jsonl")
+    config = job(
+        trainer={"callbacks": [PREVIEW], "max_epochs": 1}, data={"val_path": str(val), "max_bad_fraction": 0.1}
+    )
+    assert fit(config) == 0
+    assert len({p["prompt_id"] for p in lines(tmp_path / "run" / "previews.jsonl")}) == 2
+
+
+def test_a_preview_that_raises_is_told_once_and_training_goes_on(
+    job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from lightning_trainer.preview import LocalPreviewBackend
+
+    monkeypatch.setattr(LocalPreviewBackend, "submit", lambda *_: boom())
+    with pytest.warns(UserWarning, match="previews are off for the rest of this run: RuntimeError: a fault"):
+        assert fit(job(trainer={"callbacks": [PREVIEW], "max_epochs": 1})) == 0
+    assert not (tmp_path / "run" / "previews.jsonl").exists()
+
+
+def test_a_signal_in_the_last_preview_still_counts(job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from lightning_trainer.callbacks import PreviewCallback
+
+    monkeypatch.setattr(PreviewCallback, "on_train_end", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert fit(job(trainer={"callbacks": [PREVIEW], "max_epochs": 1})) == 130
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_nothing_is_moved_aside_for_a_run_that_cannot_start(job: Job, tmp_path: Path) -> None:
+    config = job(trainer={"max_epochs": 1})
+    assert fit(config) == 0
+    assert fit(config, "--overwrite", "true", "--data.train_path", "nowhere.jsonl") == 2
+    assert not (tmp_path / "run.old-1").exists()
+
+
+@pytest.mark.parametrize("monitor", ["val/los", "train/lo"])
+def test_a_monitor_that_is_not_there_is_named(monitor: str, job: Job, capsys: Any) -> None:
+    assert fit(job(checkpoint={"monitor": monitor})) == 2
+    assert f"there is no metric {monitor!r}" in capsys.readouterr().err
+
+
+def test_the_best_are_kept_besides_the_newest(job: Job, tmp_path: Path, scalars: Scalars) -> None:
+    config = job(
+        trainer={"val_check_interval": 0.25, "max_epochs": 3},
+        checkpoint={"monitor": "val/loss", "save_top_k": 2, "keep_last": 1, "every_n_train_steps": 100},
+        model={"optimizer": {"class_path": "CompensatedAdamW", "init_args": {"lr": 0.5}}},
+    )
+    assert fit(config) == 0
+    scores = sorted(scalars(tmp_path / "run")["val/loss"], key=lambda point: point[1])
+    kept = {int(path.name[5:11]) for path in (tmp_path / "run" / "checkpoints").glob("step=*.ckpt")}
+    last = scalars(tmp_path / "run")["train/loss"][-1][0]
+    assert kept == {*(step for step, _ in scores[:2]), last}
+
+
+def test_fast_dev_run_leaves_nothing(job: Job, tmp_path: Path) -> None:
+    assert fit(job(trainer={"callbacks": [PREVIEW]}), "--trainer.fast_dev_run", "true") == 0
+    assert [path.name for path in (tmp_path / "run").rglob("*") if path.is_file()] == []
