@@ -57,9 +57,6 @@ class CheckResult:
         return self.ok and self.correct is not False
 
 
-# ------------------------------------------------------------------------------------------------ logits rules
-
-
 @dataclass(frozen=True)
 class PenaltyWindow:
     """For `steps` generated tokens the penalty is multiplied by `multiplier`."""
@@ -115,9 +112,6 @@ class RepetitionPenalty:
 
 LogitsRule = TokenPenalty | AfterSequence | ForbidTokens | RepetitionPenalty
 """A closed set of rules as data: token ids in, so that a worker needs neither tokenizer nor profile."""
-
-
-# ---------------------------------------------------------------------------------------------------- previews
 
 
 @dataclass(frozen=True)
@@ -193,9 +187,6 @@ class PreviewResult:
     check: CheckResult | None = None
     prompt_id: str = ""
     seed: int = 0
-
-
-# ------------------------------------------------------------------------------------------------------- batches
 
 
 @dataclass

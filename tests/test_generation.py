@@ -95,9 +95,6 @@ def test_generate_of_an_sdpa_copy_says_the_same(model: Any, model_dir: Path) -> 
         assert answer.token_ids == tuple(want[0, len(prompt) :].tolist())
 
 
-# -------------------------------------------------------------------------------------------------- leaves no trace
-
-
 def state_of(model: Any) -> dict[str, Any]:
     return {
         "flags": [m.training for m in model.modules()],
@@ -188,9 +185,6 @@ def test_training_goes_on_as_if_nothing_had_been_asked(model: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-# ------------------------------------------------------------------------------------------------------- sampling
-
-
 def test_sampling_is_a_function_of_the_seed(model: Any) -> None:
     def sample(seed: int) -> list[tuple[int, ...]]:
         torch.rand(7)
@@ -224,9 +218,6 @@ def test_nan_weights_are_said_to_be_non_finite(model: Any) -> None:
     for temperature in (0.0, 1.0):
         answers = generate(model, ask(), SamplingParams(max_new_tokens=3, temperature=temperature))
         assert [(a.token_ids, a.finish_reason) for a in answers] == [((), "non_finite")] * len(PROMPTS)
-
-
-# ---------------------------------------------------------------------------------- the model's own generation config
 
 
 def loaded_with(model_dir: Path, tmp_path: Path, settings: dict[str, Any]) -> Any:
@@ -281,9 +272,6 @@ def test_without_stop_tokens_the_models_own_do_not_stop_it(model: Any, model_dir
     want = tokens_of(generate(model, ask(), greedy()))
     got = generate(loaded_with(model_dir, tmp_path, {"eos_token_id": want[0][2]}), ask(), greedy())
     assert tokens_of(got) == want
-
-
-# ----------------------------------------------------------------------------------------------------------- rules
 
 
 def test_rules_act_on_their_own_row(model: Any) -> None:

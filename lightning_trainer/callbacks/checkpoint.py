@@ -68,8 +68,6 @@ class RunCheckpoint(Checkpoint):
         self._save_after_validation = False
         self._rng: dict[str, Any] | None = None
 
-    # ------------------------------------------------------------------------------------------------ when to save
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Clear away what a killed save left behind."""
         if stage == "fit" and trainer.is_global_zero:
@@ -192,8 +190,6 @@ class RunCheckpoint(Checkpoint):
             self.save(trainer)
         raise Interrupted(signum)
 
-    # ------------------------------------------------------------------------------------------------- how to save
-
     def save(self, trainer: Trainer) -> None:
         """Write a checkpoint of this optimizer step, let `last.ckpt` name it, delete what is no longer kept.
 
@@ -234,8 +230,6 @@ class RunCheckpoint(Checkpoint):
     @staticmethod
     def _folder(trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir) / "checkpoints"
-
-    # ------------------------------------------------------------------------------- what every checkpoint must hold
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the random generators and where the run stands, to every checkpoint, whoever makes it."""

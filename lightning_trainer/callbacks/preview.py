@@ -154,8 +154,6 @@ class PreviewCallback(Callback):
         self.backend.submit([dataclasses.replace(r, step=step) for r in self._requests], sampling, step)
         return self.backend.collect(timeout=float("inf"))
 
-    # -------------------------------------------------------------------------------------------------- what is seen
-
     def _show(self, trainer: Trainer, results: Sequence[PreviewResult], stall: float) -> None:
         step = trainer.global_step
         self._failures += sum(not result.success for result in results)

@@ -118,8 +118,6 @@ class ChatDataModule(lightning.LightningDataModule):
         self._splits: dict[str, Split] = {}
         self._bound: int | None = None
 
-    # ------------------------------------------------------------------------------------------------- Lightning
-
     def prepare_data(self) -> None:
         """Tokenise what this command needs, once per machine."""
         for name in self._needed():
@@ -185,8 +183,6 @@ class ChatDataModule(lightning.LightningDataModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move a batch without waiting for the device."""
         return batch.to(device) if isinstance(batch, Batch) else batch
-
-    # ------------------------------------------------------------------------------------------------- our own
 
     @property
     def data_seed(self) -> int:
@@ -285,8 +281,6 @@ class ChatDataModule(lightning.LightningDataModule):
             for fault in store.ledger["faults"]
         ]
         (directory / "quarantine.jsonl").write_text("".join(lines), encoding="utf-8")
-
-    # ------------------------------------------------------------------------------------------------- helpers
 
     def _needed(self) -> list[str]:
         fn = self.trainer.state.fn.value if self.trainer is not None and self.trainer.state.fn else "fit"

@@ -105,8 +105,6 @@ class Encoder:
             done.append(row)
         return results
 
-    # -------------------------------------------------------------------------------------------- text of rows
-
     def _rows_of_text(self, conversation: Conversation) -> list[list[_Piece]]:
         if "text" in conversation:
             return [[_Piece(template.checked(str(conversation["text"])), "text")]]
@@ -142,8 +140,6 @@ class Encoder:
         starts = [template.render(self.tokenizer, messages[:end], extras) for end in _ends_of_turns(messages)[:-1]]
         cuts = [0, *(len(start) for start in starts if whole.startswith(start)), len(whole)]
         return [_Piece(whole[a:b], "all") for a, b in pairwise(cuts) if a < b]
-
-    # ------------------------------------------------------------------------------------------------- tokens
 
     def _tokenise(self, rows: Sequence[list[_Piece]]) -> list[Encoded]:
         first = [row[0].text for row in rows]

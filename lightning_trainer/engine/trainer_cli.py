@@ -212,8 +212,6 @@ class TrainerCLI(LightningCLI):
             kwargs["verbose"] = False  # `summary` says it
         return kwargs
 
-    # -------------------------------------------------------------------------------------------------- what is kept
-
     def resolved_config(self) -> str:
         """The whole configuration as YAML, which runs again as it is."""
         parser, config = self._parser(self.subcommand), self.config[str(self.subcommand)].clone()

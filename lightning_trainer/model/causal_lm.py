@@ -63,8 +63,6 @@ class CausalLMModule(lightning.LightningModule):
         self._settled = False
         self._evaluated: list[tuple[Tensor, Tensor, int]] = []
 
-    # --------------------------------------------------------------------------------------------------- the model
-
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that belongs to the model."""
@@ -153,8 +151,6 @@ class CausalLMModule(lightning.LightningModule):
                 key="trainer.callbacks",
             )
 
-    # ---------------------------------------------------------------------------------------------------- training
-
     def forward(self, batch: Batch) -> Tensor:
         """Logits of every token.
 
@@ -200,8 +196,6 @@ class CausalLMModule(lightning.LightningModule):
         self.step_nats = self.step_nats + nats.detach()
         return nats * (self.trainer.accumulate_grad_batches * self.trainer.world_size / batch.step_tokens)
 
-    # -------------------------------------------------------------------------------------------------- evaluation
-
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add up nats and right guesses of one batch."""
         self._evaluated.append((*self._evaluate(batch), len(batch.targets)))
@@ -246,8 +240,6 @@ class CausalLMModule(lightning.LightningModule):
             found = {key: float(value) for key, value in metrics.items()}
             for logger in self.trainer.loggers:
                 logger.log_metrics(found, step=self.trainer.global_step)
-
-    # ---------------------------------------------------------------------------------------------- optimizer, state
 
     def configure_optimizers(self) -> Any:
         """The optimizer and a schedule stepped once per optimizer step.
@@ -322,8 +314,6 @@ class CausalLMModule(lightning.LightningModule):
         """Take the weights from the checkpoint's directory."""
         weights = hub.load_state_dict(checkpoint["directory"], self.causal_lm)
         checkpoint["state_dict"] = {f"model.{name}": value for name, value in weights.items()}
-
-    # ----------------------------------------------------------------------------------------------------- predict
 
     def predict_step(self, batch: list[dict[str, Any]], batch_idx: int) -> list[dict[str, Any]]:
         """Left to the callback that writes predictions: it knows the sampling and the prompts."""

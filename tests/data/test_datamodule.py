@@ -110,9 +110,6 @@ def quarantine_of(module: ChatDataModule) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-# -------------------------------------------------------------------------------------------------- usual data sets
-
-
 def test_ten_rows_and_an_empty_validation_split(make: Make, write_rows: Write, chat_rows: Callable[..., Rows]) -> None:
     module = set_up(make(write_rows(chat_rows(10)), val_fraction=0.0, batch_size=3, packing=False))
     loader = module.train_dataloader()
@@ -217,9 +214,6 @@ def test_options_out_of_range_are_refused_by_key(option: str, value: float) -> N
     with pytest.raises(InputError, match="must be") as caught:
         ChatDataModule("rows.jsonl", **{option: value})  # type: ignore[arg-type]
     assert caught.value.key == f"data.{option}"
-
-
-# --------------------------------------------------------------------------------------------------------- bad rows
 
 
 def bad_rows_file(tmp_path: Path) -> Path:
@@ -328,8 +322,6 @@ def test_half_an_emoji_anywhere_in_a_row_is_a_bad_row(make: Make, make_tokenizer
     assert [fault["line"] for fault in quarantine_of(module)] == [2]
 
 
-# ------------------------------------------------------------------------------------------------------- long rows
-
 LENGTH_OF_ONE_TURN = 21
 """Tokens of chat("hi", "hello"), counted in test_encode."""
 
@@ -394,9 +386,6 @@ def test_short_rows_are_dropped(make: Make, write_rows: Write) -> None:
     assert [fault["kind"] for fault in quarantine_of(module)] == ["too_short"]
 
 
-# ------------------------------------------------------------------------------------------------------- the split
-
-
 def test_the_split_goes_with_the_rows_not_with_their_order(
     make: Make, write_rows: Write, chat_rows: Callable[..., Rows]
 ) -> None:
@@ -459,9 +448,6 @@ def test_the_same_row_draws_otherwise_in_another_split(make: Make, write_rows: W
     assert set(texts(module, "train")).isdisjoint(texts(module, "val"))
     turned = set_up(make(val, val_fraction=0.0, profile=Drawing()))
     assert texts(turned, "train") == texts(module, "train")[::-1]
-
-
-# ------------------------------------------------------------------------------------------------------- the cache
 
 
 def built(module: ChatDataModule) -> set[str]:
@@ -553,9 +539,6 @@ def test_a_build_that_fails_leaves_nothing_behind(make: Make, tmp_path: Path) ->
     with pytest.raises(InputError, match=r"rows\.json:2: this JSON array breaks"):
         set_up(make(path, val_fraction=0.0))
     assert list((tmp_path / "cache").iterdir()) == []
-
-
-# ------------------------------------------------------------------------------------------------------- profiles
 
 
 def test_a_profile_written_in_a_notebook_can_be_used(

@@ -97,9 +97,6 @@ def trained_text(tokenizer: Any, row: Encoded) -> list[str]:
     return [tokenizer.decode([i for i, _ in run]) for mark, run in runs if mark]
 
 
-# --------------------------------------------------------------------------------------------------------- ChatML
-
-
 def test_one_turn_by_hand(tokenizer: Any) -> None:
     [row] = encode(tokenizer, user("hi"), assistant("hello"))
     tokens = "<|im_start|> u se r Ċ h i <|im_end|> Ċ <|im_start|> a s s is t a n t Ċ hello <|im_end|>"
@@ -184,9 +181,6 @@ def test_text_no_tokenizer_takes_spoils_its_own_row_only(make_tokenizer: MakeTok
     first, second = Encoder(make_tokenizer(template))([spoilt, fine])
     assert isinstance(first, ValueError)
     assert isinstance(second, list)
-
-
-# ----------------------------------------------------------------------------------------------- other templates
 
 
 @pytest.mark.parametrize(
@@ -302,9 +296,6 @@ def test_tool_calls_are_trained_and_tool_results_are_not(make_tokenizer: MakeTok
     assert "<|im_start|>tool\n3<|im_end|>" in text
 
 
-# ------------------------------------------------------------------------------------------------ generation marks
-
-
 @pytest.mark.parametrize(
     "messages",
     [
@@ -342,9 +333,6 @@ def test_what_a_marked_template_refuses_is_an_error_of_the_row(make_tokenizer: M
     template = MARKED + "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}"
     with pytest.raises(ValueError, match="refuses this conversation: user first"):
         encode(make_tokenizer(template), system("be"), user("hi"), assistant("hello"))
-
-
-# ------------------------------------------------------------------------------------------------- all, text, cut
 
 
 def test_loss_on_all_trains_every_token_but_the_first(tokenizer: Any) -> None:

@@ -28,9 +28,6 @@ def good(rows: list[RawRow | BadRow]) -> list[tuple[int, Any]]:
     return [(row.line, row.data) for row in rows if isinstance(row, RawRow)]
 
 
-# ---------------------------------------------------------------------------------------------------------- JSONL
-
-
 @pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json", "a.txt", "a"])
 def test_lines_are_counted_from_one_and_blank_lines_count(tmp_path: Path, name: str) -> None:
     rows = rows_of(tmp_path / name, '\n{"a": 1}\n  \n\t\r\n{"a": 2}\r\n{"a": 3}')
@@ -90,9 +87,6 @@ def test_an_empty_file_has_no_rows(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "a.json", "\n\n") == []
 
 
-# ---------------------------------------------------------------------------------------------------- JSON arrays
-
-
 def test_array_rows_have_the_line_they_start_on(tmp_path: Path) -> None:
     text = """\ufeff
 [
@@ -145,9 +139,6 @@ def test_an_array_that_is_not_utf8_says_so(tmp_path: Path) -> None:
         rows_of(tmp_path / "a.json", b'[{"a":"\xe9"}]')
 
 
-# -------------------------------------------------------------------------------------------------------- parquet
-
-
 def test_parquet_rows_are_numbered_and_nulls_left_out(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a", "b"], "text": [None, "c"]}), path, row_group_size=1)
@@ -157,9 +148,6 @@ def test_parquet_rows_are_numbered_and_nulls_left_out(tmp_path: Path) -> None:
 def test_what_is_no_parquet_says_so(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^a\.parquet: not a parquet file"):
         rows_of(tmp_path / "a.parquet", '{"a": 1}')
-
-
-# ---------------------------------------------------------------------------------------------------------- names
 
 
 def test_a_missing_file_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
@@ -243,8 +231,6 @@ def test_a_path_is_no_hub_id(name: str) -> None:
     with pytest.raises(InputError, match="there is no data file"):
         sources(name, "k")
 
-
-# ------------------------------------------------------------------------------------------- identity and digests
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),

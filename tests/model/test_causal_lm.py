@@ -263,9 +263,6 @@ def test_the_schedule_is_stepped_once_per_optimizer_step_and_told_their_number(
     assert schedules[0].last_epoch == 3
 
 
-# ------------------------------------------------------------------------------------------------------ refusals
-
-
 def test_a_missing_model_directory_is_named_with_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "qwen3-tiny").mkdir()
     module = CausalLMModule(str(tmp_path / "qwen3-tinny"))

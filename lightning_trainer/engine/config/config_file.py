@@ -98,9 +98,6 @@ def is_config_path(value: str) -> bool:
     return not (value.lstrip().startswith("{") or "\n" in value or value == "-" or "://" in value)
 
 
-# ------------------------------------------------------------------------------------------- reading
-
-
 def _why_unreadable(path: Path) -> str | None:
     if path.is_dir():
         return "is a directory; name a YAML file in it"

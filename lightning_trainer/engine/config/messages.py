@@ -95,9 +95,6 @@ def _shortened(text: str) -> str:
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 1]}…"
 
 
-# ------------------------------------------------------------------------------ jsonargparse's messages
-
-
 def reworded(message: str, where: Where, commands: Iterable[str]) -> list[str]:
     """jsonargparse's message as lines with a place: what the strict walk lets through for jsonargparse to judge.
 

@@ -180,9 +180,6 @@ def load_yaml(text: str) -> Any:
     return yaml.load(text, Loader=get_yaml_default_loader())
 
 
-# ----------------------------------------------------------------------------------------- type hints
-
-
 def hint_of(action: Action) -> Hint | None:
     """The type hint of an action; None for the few that have none."""
     return action._typehint if isinstance(action, ActionTypeHint) else None
@@ -273,9 +270,6 @@ def accepts_untyped(parser: ArgumentParser, action: Action, value: Any) -> bool:
     except _REFUSALS:
         return False
     return True
-
-
-# -------------------------------------------------------------------------------------------- classes
 
 
 def class_names(bases: tuple[type, ...]) -> list[str]:

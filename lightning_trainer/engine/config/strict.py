@@ -69,8 +69,6 @@ class StrictWalk:
                     kind = faults.expected_of(chosen.keys, name)
                     yield chosen.place.fault(f"{chosen.keys.owner} needs the parameter {name} ({kind})")
 
-    # ---------------------------------------------------------------------------------------- keys
-
     def keys(self, keys: Schema, values: Mapping[Any, Any], place: Place, prefix: str = "") -> Iterator[Fault]:
         """Walks the keys that stand below `prefix`."""
         for name, value in values.items():
@@ -119,8 +117,6 @@ class StrictWalk:
             above = Place(above.source, above.at, f"{slot}.{length - 1}")
             target = target.member(items[0][0])
         yield from self._value(target, nested(rest, value), above)
-
-    # -------------------------------------------------------------------------------------- values
 
     def _leaf(self, keys: Schema, key: str, value: Any, place: Place) -> Iterator[Fault]:
         action = keys.leaves[key]
@@ -227,8 +223,6 @@ class StrictWalk:
         for name, value in values.items():
             yield from self._value(value_type, value, place.child(str(name)))
 
-    # ------------------------------------------------------------------------------------- classes
-
     def _class(self, target: Target, spec: Mapping[str, Any], place: Place) -> Iterator[Fault]:
         """`{class_path, init_args}`, or the parameters of a class that is known without being named."""
         explicit = any(key in spec for key in SPEC_KEYS)
@@ -310,9 +304,6 @@ class StrictWalk:
         self._lengths = {key: kept for key, kept in self._lengths.items() if not key.startswith(below)}
         self._misnamed.discard(slot)
         self._lengths[slot] = 0  # known, so that the items of the default list do not count
-
-
-# -------------------------------------------------------------------------------------------- helpers
 
 
 def _target(keys: Schema, leaf: str) -> Target:

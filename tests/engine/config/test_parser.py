@@ -152,9 +152,6 @@ def fault(parse: Parse) -> Fault:
     return run
 
 
-# --------------------------------------------------------------------------------------------- keys
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -206,9 +203,6 @@ def test_many_faults_are_counted(fault: Fault) -> None:
     lines = fault("".join(f"key{n}: 3\n" for n in range(9))).splitlines()
     assert lines[0] == "9 faults; the first 5:"
     assert len(lines) == 6
-
-
-# ------------------------------------------------------------------------------------------- values
 
 
 @pytest.mark.parametrize(
@@ -280,9 +274,6 @@ def test_values_inside_values(parse: Parse, value: str, expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(f"model:\n  pretrained: x\n  {value}\n")
     assert str(caught.value) == f"0.yaml:3:{expected}"
-
-
-# ------------------------------------------------------------------------------------------ classes
 
 
 @pytest.mark.parametrize(
@@ -402,9 +393,6 @@ def test_two_classes_of_one_name_need_their_modules(fault: Fault, monkeypatch: p
     assert fault("backend: ToyTwin") == f"0.yaml:2:1: backend: {expected}"
 
 
-# ------------------------------------------------------------------------------------- command line
-
-
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -485,9 +473,6 @@ def test_an_error_of_jsonargparse_alone_is_cut_down_to_its_cause(parser: Lightni
     )
     with pytest.raises(ConfigError, match=r"^command line: trainer.x: Deeper: no such thing$"):
         parser.error(union)
-
-
-# ------------------------------------------------------------------------------------- good configs
 
 
 def test_anchors_aliases_and_merge_keys(parse: Parse) -> None:
@@ -617,9 +602,6 @@ def test_help(
         parser.parse_args(argv)
     assert left.value.code == 0
     assert expected in capsys.readouterr().out
-
-
-# ------------------------------------------------------------------------------------------- Python
 
 
 def test_a_job_given_as_a_mapping(parser: LightningArgumentParser) -> None:
