@@ -89,16 +89,14 @@ class PreviewCallback(Callback):
         return requests
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Drop the previews an earlier attempt wrote after the step this one starts from: they are made again."""
+        """Set the previews aside that an earlier attempt wrote after the step this one starts from.
+
+        They are made again, and stand in `previews.old.jsonl` from here on.
+        """
         path = self._path(trainer)
-        if not trainer.is_global_zero or not path.exists():
-            return
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= trainer.global_step]
-        if len(kept) < len(lines):
-            tmp = path.with_name(f".{path.name}.tmp")
-            tmp.write_text("".join(kept), encoding="utf-8")
-            tmp.replace(path)
+        if trainer.is_global_zero and not trainer.fast_dev_run and path.exists():  # type: ignore[attr-defined]
+            with self._guard():
+                _set_aside_after(path, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -189,6 +187,22 @@ class PreviewCallback(Callback):
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
         with path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
+
+
+def _set_aside_after(path: Path, step: int) -> None:
+    kept: list[str] = []
+    later: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        # A line without its end was cut short by a kill.
+        whole = line.endswith("\n") and json.loads(line)["step"] <= step
+        (kept if whole else later).append(line)
+    if not later:
+        return
+    with path.with_name("previews.old.jsonl").open("a", encoding="utf-8") as file:
+        file.write("".join(line.rstrip("\n") + "\n" for line in later))
+    tmp = path.with_name(f".{path.name}.tmp")
+    tmp.write_text("".join(kept), encoding="utf-8")
+    tmp.replace(path)
 
 
 def as_markdown(result: PreviewResult, origin: str) -> str:

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +71,15 @@ class Source:
         """sha256 of the file; for a Hub data set, of what `datasets` calls its fingerprint."""
         if self.path is None:
             return str(_load_hub(self.name)._fingerprint)
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        stat = self.path.stat()
+        return _file_digest(self.path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _file_digest(path: Path, size: int, changed: int) -> str:
+    """sha256 of a file, read once per state of it: several splits and the run's fingerprint ask for it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sources(spec: str | Sequence[str], key: str) -> list[Source]:

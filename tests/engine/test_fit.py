@@ -440,6 +440,7 @@ def test_auto_starts_over_where_no_checkpoint_was_made_yet(
     assert steps == list(range(1, len(steps) + 1))
     previewed = [(p["step"], p["prompt_id"]) for p in lines(run / "previews.jsonl")]
     assert len(previewed) == len(set(previewed))
+    assert len(lines(run / "previews.old.jsonl")) == len(previewed)
 
 
 def test_a_checkpoint_of_another_run_is_compared_with_what_it_was_trained_on(
@@ -512,6 +513,14 @@ def test_the_best_are_kept_besides_the_newest(job: Job, tmp_path: Path, scalars:
     kept = {int(path.name[5:11]) for path in (tmp_path / "run" / "checkpoints").glob("step=*.ckpt")}
     last = scalars(tmp_path / "run")["train/loss"][-1][0]
     assert kept == {*(step for step, _ in scores[:2]), last}
+
+
+def test_fast_dev_run_leaves_an_old_run_as_it_is(job: Job, tmp_path: Path) -> None:
+    config = job(trainer={"callbacks": [PREVIEW], "max_epochs": 1})
+    assert fit(config) == 0
+    files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert fit(config, "--trainer.fast_dev_run", "true") == 0
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == files
 
 
 def test_fast_dev_run_leaves_nothing(job: Job, tmp_path: Path) -> None:
