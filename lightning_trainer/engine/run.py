@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from lightning_trainer.callbacks import NonFiniteError
 from lightning_trainer.checkpoints import CheckpointWriteError
@@ -40,19 +42,34 @@ def run_command(args: list[str]) -> str:
         ConfigError: Wrong before training began.
         FailedRun: Wrong while training.
     """
-    _silence()
-    try:
-        return TrainerCLI(args).summary()
-    except (NonFiniteError, CheckpointWriteError) as error:
-        raise FailedRun(str(error)) from error
+    with quiet_stack():
+        cli = TrainerCLI(args)
+        try:
+            cli.run()
+        except (NonFiniteError, CheckpointWriteError) as error:
+            raise FailedRun(str(error)) from error
+        return cli.summary()
 
 
-def _silence() -> None:
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*deprecated.*")
-    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")  # first and last step are logged
-    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")  # callbacks may be swapped
-    for name in ("utilities.rank_zero", "accelerators.cuda", "trainer.connectors.checkpoint_connector"):
-        logging.getLogger(f"lightning.pytorch.{name}").addFilter(_is_news)
+@contextmanager
+def quiet_stack() -> Iterator[None]:
+    """Silence what torch and Lightning say about themselves."""
+    loggers = [
+        logging.getLogger(f"lightning.pytorch.{name}")
+        for name in ("utilities.rank_zero", "accelerators.cuda", "trainer.connectors.checkpoint_connector")
+    ]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*deprecated.*")
+        # The first and the last step are logged in any case, and callbacks may be swapped on resume.
+        warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+        warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
+        for logger in loggers:
+            logger.addFilter(_is_news)
+        try:
+            yield
+        finally:
+            for logger in loggers:
+                logger.removeFilter(_is_news)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

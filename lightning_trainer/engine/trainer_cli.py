@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ DEFAULT_CALLBACKS = [PreviewCallback, HuggingFaceExport]
 
 
 class TrainerCLI(LightningCLI):
-    """Parses the configuration, builds everything, runs one command.
+    """Parses the configuration and builds everything; `run` runs the command. Building leaves no trace on disk.
 
     Args:
         args: Command line without the program's name, or a configuration as nested dicts.
@@ -50,7 +52,7 @@ class TrainerCLI(LightningCLI):
         ConfigError: Something is wrong that shows before training begins.
 
     Attributes:
-        run: The run directory.
+        run_directory: Where the run is kept.
         resumed_from: The checkpoint the run goes on from, if any.
         began: Whether training has started.
     """
@@ -58,7 +60,7 @@ class TrainerCLI(LightningCLI):
     def __init__(self, args: list[str] | dict[str, Any] | None = None) -> None:
         self.resumed_from: Path | None = None
         self.began = False
-        try:
+        with self._config_errors():
             super().__init__(
                 CausalLMModule,
                 ChatDataModule,
@@ -71,6 +73,25 @@ class TrainerCLI(LightningCLI):
                 parser_kwargs={"prog": "lightning-trainer"},
                 args=args,
             )
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing: LightningCLI calls it from its constructor."""
+
+    def run(self) -> None:
+        """Run the command.
+
+        Raises:
+            ConfigError: Something is wrong that only model and data together show.
+        """
+        with self._config_errors():
+            if self.subcommand == "fit":
+                self._take_directory()
+            super()._run_subcommand(str(self.subcommand))
+
+    @contextmanager
+    def _config_errors(self) -> Iterator[None]:
+        try:
+            yield
         except InputError as error:
             raise ConfigError(self._located(error)) from error
         except (MisconfigurationException, ValueError) as error:
@@ -115,22 +136,34 @@ class TrainerCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Find the run directory and the checkpoint, before anything large is loaded."""
-        self.run = RunDirectory(self._value("trainer.default_root_dir"))
-        self.resumed_from = self.run.resolve_checkpoint(self._value("ckpt_path"))
+        self.run_directory = RunDirectory(self._value("trainer.default_root_dir"))
+        self.resumed_from = self.run_directory.resolve_checkpoint(self._value("ckpt_path"))
         self._belongs = {} if self.resumed_from is None else about(self.resumed_from).get("run") or {}
         if self.subcommand == "fit":
-            self.run.check_writable()
-            self._takes_over = self._is_taken() and _rank() == 0
-            if self._takes_over and not self._value("overwrite"):
-                self.run.refuse()
+            self.run_directory.check_writable()
+
+    def check_directory(self) -> None:
+        """Refuse a directory that holds another run, unless the run may move it aside.
+
+        Raises:
+            InputError: See above.
+        """
+        if self._is_taken() and not self._value("overwrite"):
+            self.run_directory.refuse()
+
+    def _take_directory(self) -> None:
+        if _rank() == 0:
+            self.check_directory()
+            if self._is_taken():
+                self.run_directory.move_aside()
 
     def _is_taken(self) -> bool:
         """Whether the directory holds a run that this one does not go on with."""
-        if self._value("trainer.fast_dev_run") or not self.run.holds_a_run():
+        if self._value("trainer.fast_dev_run") or not self.run_directory.holds_a_run():
             return False
         if self.resumed_from is None:
-            return not (self._value("ckpt_path") == "auto" and self.run.has_no_checkpoint())
-        return self.resumed_from.resolve().parent != self.run.checkpoints.resolve()
+            return not (self._value("ckpt_path") == "auto" and self.run_directory.has_no_checkpoint())
+        return self.resumed_from.resolve().parent != self.run_directory.checkpoints.resolve()
 
     def _value(self, key: str) -> Any:
         return self.config[str(self.subcommand)].get(key)
@@ -172,7 +205,7 @@ class TrainerCLI(LightningCLI):
         if self.subcommand != "fit":
             return False
         step = 0 if self.resumed_from is None else int(about(self.resumed_from)["global_step"])
-        return RunLogger(self.run.path, step)
+        return RunLogger(self.run_directory.path, step)
 
     def _callbacks(self, config: dict[str, Any]) -> list[Callback]:
         given = config.get("callbacks") or []
@@ -180,7 +213,9 @@ class TrainerCLI(LightningCLI):
         self._share_backend(given)
         for callback in given:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                callback.dirpath = str(self.run.checkpoints / type(callback).__name__)  # beside ours, not among them
+                callback.dirpath = str(
+                    self.run_directory.checkpoints / type(callback).__name__
+                )  # beside ours, not among them
         always = [self._get(self.config_init, key) for key in ("checkpoint", "prediction")]
         return [TrainLog(), *given, *always, RunRecord(self)]
 
@@ -196,12 +231,9 @@ class TrainerCLI(LightningCLI):
         self.datamodule.run_date = self._belongs.get("date", self.datamodule.run_date)
         self.datamodule.check_files()
         self.datamodule.tokenizer = self.model.tokenizer
-        if self.subcommand == "fit":
-            if self.resumed_from is not None:
-                old = self._belongs.get("fingerprints", {})
-                check_unchanged(old, self.datamodule.fingerprints(), self._value("allow_changed"))
-            if self._takes_over:
-                self.run.move_aside()
+        if self.subcommand == "fit" and self.resumed_from is not None:
+            old = self._belongs.get("fingerprints", {})
+            check_unchanged(old, self.datamodule.fingerprints(), self._value("allow_changed"))
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -229,7 +261,7 @@ class TrainerCLI(LightningCLI):
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if self.subcommand != "fit":
             return "\n".join(f"{name} {value:.6g}" for name, value in metrics.items())
-        return "\n".join([self._learned(metrics), f"run: {self.run.path}", *self._made()])
+        return "\n".join([self._learned(metrics), f"run: {self.run_directory.path}", *self._made()])
 
     def _learned(self, metrics: dict[str, float]) -> str:
         trainer: Any = self.trainer
@@ -281,9 +313,9 @@ class RunRecord(Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         attempt = {**environment(), "from_step": trainer.global_step}
-        attempts = [*self.cli.run.manifest().get("attempts", []), attempt]
-        self.cli.run.write_manifest({**self.about, "attempts": attempts})
-        self.cli.run.save_config(self.cli.resolved_config())
+        attempts = [*self.cli.run_directory.manifest().get("attempts", []), attempt]
+        self.cli.run_directory.write_manifest({**self.about, "attempts": attempts})
+        self.cli.run_directory.save_config(self.cli.resolved_config())
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Every checkpoint knows what it was trained on, wherever it is resumed."""
