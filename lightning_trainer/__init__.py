@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "CausalLMModule": "model",
     "ChatDataModule": "data",
+    "ConfigLoader": "engine.job.config_loader",
     "CompensatedAdamW": "model",
     "DataProfile": "profiles",
     "LocalPreviewBackend": "preview",
@@ -20,6 +21,13 @@ _HOMES = {
     "PreviewCallback": "callbacks",
     "PreviewResult": "types",
     "SingleDtypePrecision": "precision",
+    "StatusFile": "callbacks",
+    "TrainerConfig": "engine.job.trainer_config",
+    "TrainerEngine": "engine.trainer_engine",
+    "TrainingResult": "engine.trainer_engine",
+    "TrainingStatusReader": "status",
+    "TrainingStatusWriter": "status",
+    "create_default_config": "engine.job.trainer_config",
     "get_profile": "profiles",
 }
 

@@ -7,16 +7,23 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from importlib import import_module
 from types import FrameType
 
 from lightning_trainer import __version__
+from lightning_trainer.types import InputError
 
-TRAINING = {
-    "fit": "train, with previews and checkpoints",
-    "validate": "loss, perplexity and token accuracy on the validation rows",
-    "test": "the same on data.test_path",
-    "predict": "write answers for data.predict_path",
+COMMANDS = {
+    "fit": ("train", "train, with previews and checkpoints"),
+    "validate": ("train", "loss, perplexity and token accuracy on the validation rows"),
+    "test": ("train", "the same on data.test_path"),
+    "predict": ("train", "write answers for data.predict_path"),
+    "check": ("check", "what fit would do with a configuration, and what looks wrong"),
+    "inspect": ("inspect", "what the model will see of the first rows"),
+    "status": ("status", "how a run stands"),
+    "convert": ("convert", "a job's JSON of earlier versions as YAML"),
 }
+"""Name -> module of `commands`, and what it does."""
 
 USAGE = "\n".join(
     [
@@ -25,10 +32,10 @@ USAGE = "\n".join(
         "Fine-tune causal language models from one YAML.",
         "",
         "commands:",
-        *(f"  {name:<10} {text}" for name, text in TRAINING.items()),
+        *(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()),
         "",
         "lightning-trainer fit --print_config   a template of all keys, with their defaults",
-        "lightning-trainer fit --help           what each key means",
+        "lightning-trainer COMMAND --help       what each key means",
     ]
 )
 
@@ -57,7 +64,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         print(__version__)
         return 0
-    if words[0] not in TRAINING:
+    if words[0] not in COMMANDS:
         return _complain(_unknown(words[0]), 2)
     return _guarded(words)
 
@@ -65,11 +72,14 @@ def main(args: Sequence[str] | None = None) -> int:
 def _guarded(words: list[str]) -> int:
     from lightning_trainer.engine.config.config_file import ConfigError, check_command_line
 
+    module, _ = COMMANDS[words[0]]
     handlers = _catch_signals()
     try:
-        check_command_line(words)
-        return _train(words)
-    except ConfigError as error:
+        if module != "convert":  # whose --config is a job's JSON
+            check_command_line(words)
+        command = import_module(f"lightning_trainer.commands.{module}")
+        return int(command.run(words[0], words[1:]))
+    except (ConfigError, InputError) as error:
         return _complain(str(error), 2)
     except (_Signalled, KeyboardInterrupt) as stop:
         return 128 + getattr(stop, "signum", signal.SIGINT)
@@ -79,21 +89,6 @@ def _guarded(words: list[str]) -> int:
     finally:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
-
-
-def _train(words: list[str]) -> int:
-    from lightning_trainer.callbacks import Interrupted
-    from lightning_trainer.engine.run import FailedRun, run_command
-
-    try:
-        text = run_command(words)
-    except FailedRun as error:
-        return _complain(str(error), 1)
-    except Interrupted as stop:
-        return 128 + stop.signum
-    if text:
-        print(text)
-    return 0
 
 
 def _catch_signals() -> dict[int, signal._HANDLER]:
@@ -116,5 +111,5 @@ def _complain(text: str, status: int) -> int:
 def _unknown(word: str) -> str:
     import difflib
 
-    near = difflib.get_close_matches(word, TRAINING, n=1)
-    return f"no command {word!r}" + (f"; did you mean {near[0]!r}?" if near else f"; choose from {', '.join(TRAINING)}")
+    near = difflib.get_close_matches(word, COMMANDS, n=1)
+    return f"no command {word!r}" + (f"; did you mean {near[0]!r}?" if near else f"; choose from {', '.join(COMMANDS)}")

@@ -147,13 +147,12 @@ def _quiet() -> Iterator[None]:
         hf_logging.enable_progress_bar()
 
 
-def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
     """Refuse a tokenizer with more tokens than the embedding has rows.
 
     Raises:
         InputError: Some token id would fall outside the embedding matrix.
     """
-    rows = embedding_rows(model)
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
         raise InputError(

@@ -10,11 +10,12 @@ ROOT = Path(__file__).parents[1] / "lightning_trainer"
 
 LEVELS = [
     {"types"},
-    {"template", "pretrained", "logits_rules", "profiles", "precision", "checkpoints"},
+    {"template", "pretrained", "logits_rules", "profiles", "precision", "checkpoints", "status"},
     {"generation"},
     {"data", "model", "preview"},
     {"callbacks"},
-    {"engine"},
+    {"engine", "diagnose"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]
@@ -28,6 +29,7 @@ WITHOUT_LIGHTNING = {
     "profiles",
     "preview",
     "checkpoints",
+    "status",
 }
 
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -7,6 +7,7 @@ import math
 import random
 import shutil
 import signal
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -65,6 +66,7 @@ class RunCheckpoint(Checkpoint):
         self._handlers: dict[int, Any] = {}
         self._boundary: tuple[int, dict[str, Any]] | None = None
         self._validation_due = False
+        self._validation_postponed = False
         self._save_after_validation = False
         self._rng: dict[str, Any] | None = None
 
@@ -74,11 +76,13 @@ class RunCheckpoint(Checkpoint):
             checkpoints.remove_leftovers(self._folder(trainer))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a monitor that nothing will ever set.
+        """Refuse a monitor that nothing will ever set; note who has the signals, before Lightning takes them.
 
         Raises:
             InputError: See above.
         """
+        if threading.current_thread() is threading.main_thread():  # Python gives signals to no other
+            self._handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
         if self.monitor is not None and not trainer.limit_val_batches:
             raise InputError(
                 f"there is no validation in this run, and so no {self.monitor!r}", key="checkpoint.monitor"
@@ -89,11 +93,12 @@ class RunCheckpoint(Checkpoint):
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             for path in checkpoints.set_aside_after(self._folder(trainer), trainer.global_step):
                 trainer.print(f"a checkpoint of a later step, from before this start, is now {path.name}")
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[signum] = signal.signal(signum, self._on_signal)
+        for signum in self._handlers:
+            signal.signal(signum, self._on_signal)
         # The loaders may have been made before the checkpoint was read (to count the steps for a schedule); Lightning
         # then forgets to hand them their state.
         loop = trainer.fit_loop
+        self._validate_between_steps(loop.epoch_loop)
         loop._load_combined_loader_states()
         epochs: Any = loop.epoch_progress.current
         if loop.restarted_mid_epoch and epochs.processed == epochs.ready:
@@ -106,6 +111,19 @@ class RunCheckpoint(Checkpoint):
         if self._validation_due:
             self._validation_due = False
             _validate_now(trainer)
+
+    def _validate_between_steps(self, loop: Any) -> None:
+        """Let a validation that falls between two micro-batches of a step wait for the step.
+
+        A checkpoint of the weights it scored would lack their gradients so far. Lightning counts micro-batches.
+        """
+        stock = loop._should_check_val_fx
+
+        def should_check(data_fetcher: Any) -> bool:
+            self._validation_postponed |= stock(data_fetcher)
+            return self._validation_postponed and not loop._should_accumulate()
+
+        loop._should_check_val_fx = should_check
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -134,7 +152,7 @@ class RunCheckpoint(Checkpoint):
         """Note the score of this step, and save it where it is among the best."""
         if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.global_step == 0:
             return
-        self._validation_due = False
+        self._validation_due = self._validation_postponed = False
         if self._save_after_validation:  # so that a resumed run has the metrics of this step, once
             self.save(trainer)
         if self.monitor is None:

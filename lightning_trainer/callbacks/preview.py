@@ -30,6 +30,9 @@ class PreviewCallback(Callback):
         temperature: 0 is greedy.
         seed: Of the sampling.
         backend: One for this callback alone; null: the run's `preview_backend`.
+
+    Attributes:
+        results: The newest previews.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class PreviewCallback(Callback):
         self.backend = backend
         self.origin = "yaml"
         self.pass_rate: float | None = None
+        self.results: list[PreviewResult] = []
         self._requests: list[PreviewRequest] = []
         self._last_step = -1
         self._broken = False
@@ -154,6 +158,7 @@ class PreviewCallback(Callback):
 
     def _show(self, trainer: Trainer, results: Sequence[PreviewResult], stall: float) -> None:
         step = trainer.global_step
+        self.results = list(results)
         self._failures += sum(not result.success for result in results)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._write_lines(self._path(trainer), results)

@@ -60,11 +60,13 @@ class ChatDataModule(lightning.LightningDataModule):
         min_length: Shorter rows are dropped, in tokens.
         on_long_row: drop rows over max_length, truncate them after the last whole assistant turn, or raise.
         batch_size: Rows per device per micro-batch; with packing a row is one pack of max_length tokens.
+        shuffle: Draw another order every epoch; false keeps the order of the files.
         packing: Lay several examples in a row, each attending within itself only, instead of padding.
         loss_on: Train on the assistant's turns, or on all tokens.
         on_bad_row: quarantine sets unusable rows aside in quarantine.jsonl, raise stops at the first.
         max_bad_fraction: Share of unusable rows above which the run stops before training.
         num_workers: Processes that make batches ahead.
+        pin_memory: Make them in page-locked memory where a GPU takes them: copies overlap with computing.
         seed: Of the split, the order and the profile's draws; null: seed_everything.
         cache_dir: Where tokenised rows are kept between runs; null: beside the cache of `datasets`.
     """
@@ -86,11 +88,13 @@ class ChatDataModule(lightning.LightningDataModule):
         min_length: int = 0,
         on_long_row: OnLongRow = "drop",
         batch_size: int = 8,
+        shuffle: bool = True,
         packing: bool = True,
         loss_on: LossOn = "assistant",
         on_bad_row: OnBadRow = "quarantine",
         max_bad_fraction: float = 0.01,
         num_workers: int = 0,
+        pin_memory: bool = True,
         seed: int | None = None,
         cache_dir: str | None = None,
     ) -> None:
@@ -109,6 +113,7 @@ class ChatDataModule(lightning.LightningDataModule):
         self.system_prompt, self.system_prompt_mode = system_prompt, system_prompt_mode
         self.max_length, self.min_length, self.on_long_row = max_length, min_length, on_long_row
         self.batch_size, self.packing, self.loss_on = batch_size, packing, loss_on
+        self.shuffle, self.pin_memory = shuffle, pin_memory
         self.on_bad_row, self.max_bad_fraction = on_bad_row, max_bad_fraction
         self.num_workers, self.seed, self.cache_dir = num_workers, seed, cache_dir
         self.run_date = datetime.date.today().isoformat()
@@ -150,6 +155,7 @@ class ChatDataModule(lightning.LightningDataModule):
             accumulate=trainer.accumulate_grad_batches,
             world_size=trainer.world_size,
             pack_to=self.max_length if self.packing else None,
+            shuffle=self.shuffle,
             seed=self.data_seed,
             limit=trainer.limit_train_batches,
         )
@@ -359,7 +365,7 @@ class ChatDataModule(lightning.LightningDataModule):
 
     @property
     def _pin_memory(self) -> bool:
-        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return self.pin_memory and self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def _warn_of_drops(self, name: str, report: dict[str, Any]) -> None:
         dropped = report["too_long"] + report["too_short"]

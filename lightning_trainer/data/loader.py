@@ -56,13 +56,15 @@ class PlannedLoader:
         return plan_epoch(store.lengths, store.trained, self.layout, epoch)
 
     def __len__(self) -> int:
-        return len(self.plan(self.epoch))
+        """Micro-batches of an epoch as the Trainer counts them, who applies its limit to this number himself."""
+        return self.plan(self.epoch).unlimited
 
     def __iter__(self) -> Iterator[Batch]:
-        if self.position >= len(self):
+        if self.position >= len(self.plan(self.epoch)):
             self.epoch, self.position = self.epoch + 1, 0
-        batches = iter(self._batches(_Planned(self.collate, self.plan(self.epoch), self.rank)))
-        for _ in range(self.position, len(self)):
+        plan = self.plan(self.epoch)
+        batches = iter(self._batches(_Planned(self.collate, plan, self.rank)))
+        for _ in range(self.position, len(plan)):
             asked = time.perf_counter()
             batch = next(batches)
             self.wait_seconds += time.perf_counter() - asked

@@ -47,11 +47,13 @@ class EpochPlan:
     Attributes:
         rows: Every row of the epoch.
         step_tokens: For each micro-batch, the trained tokens of the whole optimizer step it belongs to.
+        unlimited: Micro-batches there would be without the layout's limit.
     """
 
     layout: Layout
     rows: Rows
     step_tokens: Ints
+    unlimited: int
 
     def __len__(self) -> int:
         return len(self.step_tokens)
@@ -83,13 +85,15 @@ def plan_epoch(lengths: Ints, trained: Ints, layout: Layout, epoch: int) -> Epoc
     rows = one_per_row(examples) if layout.pack_to is None else best_fit(lengths, layout.pack_to, examples)
     if layout.shuffle:
         rows = rows.take(rng.permutation(len(rows)))
-    return EpochPlan(layout, rows, _step_tokens(rows.sums(trained), layout))
-
-
-def _step_tokens(row_tokens: Ints, layout: Layout) -> Ints:
     group = layout.batch_size * layout.world_size
-    batches = -(-len(row_tokens) // group)
-    batches = min(batches, layout.limit) if isinstance(layout.limit, int) else int(batches * layout.limit)
+    unlimited = -(-len(rows) // group)
+    limit = layout.limit
+    batches = min(unlimited, limit) if isinstance(limit, int) else int(unlimited * limit)
+    return EpochPlan(layout, rows, _step_tokens(rows.sums(trained), layout, batches), unlimited)
+
+
+def _step_tokens(row_tokens: Ints, layout: Layout, batches: int) -> Ints:
+    group = layout.batch_size * layout.world_size
     if not batches:
         return np.empty(0, dtype=np.int64)
     per_batch = np.add.reduceat(row_tokens, np.arange(0, batches * group, group))

@@ -1,8 +1,7 @@
-"""RunLogger: TensorBoard at `<run>/tensorboard`, without gaps or doubles when a run is resumed."""
+"""RunLogger: TensorBoard, without gaps or doubles when a run is resumed."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -14,15 +13,15 @@ class RunLogger(TensorBoardLogger):
     Hyperparameters are not logged: `config.yaml` beside it holds the whole configuration.
 
     Args:
-        run_directory: Of the run.
-        resumed_step: Optimizer step the run goes on from; what an earlier attempt logged after it is hidden.
+        directory: Where the events go.
     """
 
-    def __init__(self, run_directory: Path, resumed_step: int = 0) -> None:
-        purge: dict[str, Any] = {"purge_step": resumed_step + 1}
-        super().__init__(
-            save_dir=str(run_directory / "tensorboard"), name="", version="", default_hp_metric=False, **purge
-        )
+    def __init__(self, directory: str) -> None:
+        super().__init__(save_dir=directory, name="", version="", default_hp_metric=False)
+
+    def resume_from(self, step: int) -> None:
+        """Hide what an earlier attempt logged after this optimizer step; before the first event is written."""
+        self._kwargs["purge_step"] = step + 1
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """Nothing."""

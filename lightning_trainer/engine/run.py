@@ -62,6 +62,7 @@ def quiet_stack() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*LeafSpec.*deprecated.*")
         # The first and the last step are logged in any case, and callbacks may be swapped on resume.
         warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+        warnings.filterwarnings("ignore", message="This DataLoader will create")  # our batches cost next to nothing
         warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
         for logger in loggers:
             logger.addFilter(_is_news)

@@ -158,10 +158,11 @@ def check_unchanged(old: dict[str, str], new: dict[str, str], allowed: list[str]
     Raises:
         InputError: Something else differs; both values are named.
     """
-    unknown = [name for name in allowed if name not in new]
+    known = [*new, "lock"]
+    unknown = [name for name in allowed if name not in known]
     if unknown:
         raise InputError(
-            f"{unknown[0]!r} is nothing that could have changed; choose from {', '.join(new)}", key="allow_changed"
+            f"{unknown[0]!r} is nothing that could have changed; choose from {', '.join(known)}", key="allow_changed"
         )
     changed = [name for name in new if name in old and old[name] != new[name]]
     for name in changed:

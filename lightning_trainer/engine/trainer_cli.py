@@ -15,7 +15,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_trainer.callbacks import HuggingFaceExport, PredictionWriter, PreviewCallback, RunCheckpoint, TrainLog
+from lightning_trainer.callbacks import (
+    HuggingFaceExport,
+    PredictionWriter,
+    PreviewCallback,
+    RunCheckpoint,
+    SelfCheck,
+    StatusFile,
+    TrainLog,
+)
 from lightning_trainer.checkpoints import about
 from lightning_trainer.data import ChatDataModule
 from lightning_trainer.engine.checkpoint_io import DirectoryCheckpointIO
@@ -23,9 +31,10 @@ from lightning_trainer.engine.config.config_file import ConfigError
 from lightning_trainer.engine.config.parser import ConfigParser
 from lightning_trainer.engine.logger import RunLogger
 from lightning_trainer.engine.run_directory import RunDirectory, check_unchanged, environment
-from lightning_trainer.model import CausalLMModule
+from lightning_trainer.model import CausalLMModule, lock
 from lightning_trainer.precision import SingleDtypePrecision
 from lightning_trainer.precision.single_dtype import DTYPES, refusal
+from lightning_trainer.pretrained import check_tokenizer_fits, load_config
 from lightning_trainer.preview import LocalPreviewBackend, PreviewBackend
 from lightning_trainer.types import InputError
 
@@ -39,7 +48,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,
 }
 
-DEFAULT_CALLBACKS = [PreviewCallback, HuggingFaceExport]
+DEFAULT_CALLBACKS = [PreviewCallback, StatusFile, HuggingFaceExport]
 
 
 class TrainerCLI(LightningCLI):
@@ -60,7 +69,7 @@ class TrainerCLI(LightningCLI):
     def __init__(self, args: list[str] | dict[str, Any] | None = None) -> None:
         self.resumed_from: Path | None = None
         self.began = False
-        with self._config_errors():
+        with self.config_errors():
             super().__init__(
                 CausalLMModule,
                 ChatDataModule,
@@ -83,13 +92,14 @@ class TrainerCLI(LightningCLI):
         Raises:
             ConfigError: Something is wrong that only model and data together show.
         """
-        with self._config_errors():
+        with self.config_errors():
             if self.subcommand == "fit":
                 self._take_directory()
             super()._run_subcommand(str(self.subcommand))
 
     @contextmanager
-    def _config_errors(self) -> Iterator[None]:
+    def config_errors(self) -> Iterator[None]:
+        """What is wrong with the configuration becomes a ConfigError that says in which file and line it stands."""
         try:
             yield
         except InputError as error:
@@ -112,13 +122,17 @@ class TrainerCLI(LightningCLI):
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(PredictionWriter, "prediction")
         parser.add_subclass_arguments(PreviewBackend, "preview_backend", default=lazy_instance(LocalPreviewBackend))
+        parser.add_argument(
+            "--self_check", type=bool, default=True, help="Look at real examples and the model before the first step."
+        )
+        parser.add_argument("--description", type=str, default="", help="What the run is for; kept in manifest.json.")
         parser.add_argument("--overwrite", type=bool, default=False, help="Move an old run in the directory aside.")
         parser.add_argument(
             "--allow-changed",
             nargs="+",
             type=str,
             default=[],
-            help="What may differ from the run that is resumed: data, tokenizer, template, profile.",
+            help="What may differ from the run that is resumed: data, tokenizer, template, profile, lock.",
         )
         parser.set_defaults(
             {
@@ -152,7 +166,7 @@ class TrainerCLI(LightningCLI):
             self.run_directory.refuse()
 
     def _take_directory(self) -> None:
-        if _rank() == 0:
+        if rank() == 0:
             self.check_directory()
             if self._is_taken():
                 self.run_directory.move_aside()
@@ -200,12 +214,15 @@ class TrainerCLI(LightningCLI):
             raise InputError(str(error), key="trainer") from error
 
     def _logger(self, given: Any) -> Any:
-        if given not in (None, True):
-            return given
-        if self.subcommand != "fit":
-            return False
-        step = 0 if self.resumed_from is None else int(about(self.resumed_from)["global_step"])
-        return RunLogger(self.run_directory.path, step)
+        if given in (None, True):
+            given = RunLogger(str(self.run_directory.path / "tensorboard"))
+        loggers = given if isinstance(given, list) else [given]
+        if self.subcommand != "fit":  # the run's curves are those of its training
+            return [logger for logger in loggers if logger and not isinstance(logger, RunLogger)] or False
+        for logger in loggers:
+            if isinstance(logger, RunLogger):
+                logger.resume_from(0 if self.resumed_from is None else int(about(self.resumed_from)["global_step"]))
+        return given
 
     def _callbacks(self, config: dict[str, Any]) -> list[Callback]:
         given = config.get("callbacks") or []
@@ -213,11 +230,11 @@ class TrainerCLI(LightningCLI):
         self._share_backend(given)
         for callback in given:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                callback.dirpath = str(
-                    self.run_directory.checkpoints / type(callback).__name__
-                )  # beside ours, not among them
+                # Beside ours, not among them.
+                callback.dirpath = str(self.run_directory.checkpoints / type(callback).__name__)
         always = [self._get(self.config_init, key) for key in ("checkpoint", "prediction")]
-        return [TrainLog(), *given, *always, RunRecord(self)]
+        checks = [SelfCheck()] if self._value("self_check") else []
+        return [*checks, TrainLog(), *given, *always, RunRecord(self)]
 
     def _share_backend(self, callbacks: list[Callback]) -> None:
         backend = self._get(self.config_init, "preview_backend")
@@ -231,9 +248,22 @@ class TrainerCLI(LightningCLI):
         self.datamodule.run_date = self._belongs.get("date", self.datamodule.run_date)
         self.datamodule.check_files()
         self.datamodule.tokenizer = self.model.tokenizer
+        facts = lock.facts_of_config(load_config(self.model.pretrained))
+        check_tokenizer_fits(self.model.tokenizer, facts.vocab_size)
         if self.subcommand == "fit" and self.resumed_from is not None:
             old = self._belongs.get("fingerprints", {})
             check_unchanged(old, self.datamodule.fingerprints(), self._value("allow_changed"))
+        self._check_lock(facts)
+
+    def _check_lock(self, facts: lock.ModelFacts) -> None:
+        recorded = self._belongs.get("lock")
+        if recorded and "lock" not in (self._value("allow_changed") or []):
+            # A run that was begun under a lock keeps it, whether the configuration still has it or not.
+            self.model.locked = self.model.locked or lock.Lock(**recorded)
+            lock.check_resumed(recorded, self.model.locked)
+        if self.model.locked is not None:
+            lock.check_model(self.model.locked, facts)
+            lock.check_length(self.model.locked, self.datamodule.max_length)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -293,7 +323,8 @@ def _is_from_lightning(error: BaseException) -> bool:
     return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("lightning.")
 
 
-def _rank() -> int:
+def rank() -> int:
+    """Of this process; 0 before any launcher has said otherwise."""
     known: Any = rank_zero_only
     return int(getattr(known, "rank", 0) or 0)
 
@@ -309,12 +340,18 @@ class RunRecord(Callback):
         """The run has begun: from here on the directory is taken."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         self.cli.began = True
-        self.about = {"date": data.run_date, "fingerprints": data.fingerprints()}
+        locked = self.cli.model.locked
+        self.about = {
+            "date": data.run_date,
+            "fingerprints": data.fingerprints(),
+            "lock": locked.as_dict() if locked is not None else None,
+        }
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         attempt = {**environment(), "from_step": trainer.global_step}
         attempts = [*self.cli.run_directory.manifest().get("attempts", []), attempt]
-        self.cli.run_directory.write_manifest({**self.about, "attempts": attempts})
+        described = {"description": self.cli.config["fit"]["description"]}
+        self.cli.run_directory.write_manifest({**described, **self.about, "attempts": attempts})
         self.cli.run_directory.save_config(self.cli.resolved_config())
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

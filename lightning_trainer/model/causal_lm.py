@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_trainer import pretrained as hub
 from lightning_trainer.model import attention, loss, probe
+from lightning_trainer.model.lock import Lock, check_model, facts_of_model
 from lightning_trainer.model.optim import CompensatedAdamW
 from lightning_trainer.model.schedule import StepSchedule, WarmupCosine
 from lightning_trainer.precision import SingleDtypePrecision
@@ -37,6 +38,7 @@ class CausalLMModule(lightning.LightningModule):
         loss: chunked never holds all logits; full does. The number is the same.
         optimizer: CompensatedAdamW, or any of torch's by its name.
         lr_scheduler: WarmupCosine, WarmupStableDecay, WarmupConstant or one of torch's; stepped every optimizer step.
+        locked: What must be so of the model, and stay so on resume.
 
     Attributes:
         step_nats: Sum of nats of the optimizer step in progress; fp32, on the device.
@@ -52,12 +54,14 @@ class CausalLMModule(lightning.LightningModule):
         loss: loss.LossName = "chunked",
         optimizer: OptimizerCallable = CompensatedAdamW,
         lr_scheduler: LRSchedulerCallable = WarmupCosine,
+        locked: Lock | None = None,
     ) -> None:
         super().__init__()
         self.pretrained, self.from_scratch, self.tokenizer_name = pretrained, from_scratch, tokenizer
         self.attn_implementation, self.gradient_checkpointing = attn_implementation, gradient_checkpointing
         self.loss_name = loss
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
+        self.locked = locked
         self.model: PreTrainedModel | None = None
         self.step_nats = torch.zeros(())
         self._settled = False
@@ -78,7 +82,9 @@ class CausalLMModule(lightning.LightningModule):
         self.model = hub.load_model(
             self.pretrained, self._run_dtype(), from_scratch=self.from_scratch, attn_implementation=self._attention()
         )
-        hub.check_tokenizer_fits(self.tokenizer, self.model)
+        hub.check_tokenizer_fits(self.tokenizer, hub.embedding_rows(self.model))
+        if self.locked is not None:
+            check_model(self.locked, facts_of_model(self.model))
         self.model.train()
         if self.gradient_checkpointing:
             self.model.activation_checkpointing_enable()

@@ -7,6 +7,7 @@ second example alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,7 +41,11 @@ def refuse_leaks(model: PreTrainedModel) -> None:
         leak, off = packing_leak(model)
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         raise InputError(f"{_name(model)} cannot take packed rows: {error}; {WAY_OUT}", key="data.packing") from error
-    if not (leak <= LEAK[model.dtype] and off <= ROUNDING[model.dtype]):  # NaN is no pass
+    if not math.isfinite(off):
+        raise InputError(
+            f"{_name(model)} gives logits that are not finite: its weights are damaged", key="model.pretrained"
+        )
+    if not (leak <= LEAK[model.dtype] and off <= ROUNDING[model.dtype]):
         raise InputError(
             f"{_name(model)} lets packed examples see each other (logits move by {leak:.2g} of their size with the "
             f"neighbour, and are {off:.2g} off those of the example alone); {WAY_OUT}",

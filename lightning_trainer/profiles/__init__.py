@@ -16,7 +16,7 @@ from lightning_trainer.profiles.plain import Plain
 from lightning_trainer.profiles.regime3 import Regime3
 from lightning_trainer.types import InputError
 
-__all__ = ["PROFILES", "DataProfile", "EmojiThink", "Plain", "Regime3", "get_profile"]
+__all__ = ["PROFILES", "DataProfile", "EmojiThink", "Plain", "Regime3", "get_profile", "profile_class"]
 
 PROFILES: tuple[type[DataProfile], ...] = (Plain, EmojiThink, Regime3)
 
@@ -31,14 +31,24 @@ def get_profile(name: str, **options: Any) -> DataProfile:
     Raises:
         InputError: No profile has that name, or it has no such option, or the option's value is not allowed.
     """
+    cls = profile_class(name)
+    _check_options(cls, options)
+    return cls(**options)
+
+
+def profile_class(name: str) -> type[DataProfile]:
+    """The profile's class, by its name or class name.
+
+    Raises:
+        InputError: No profile has that name.
+    """
     by_name = {known: cls for cls in PROFILES for known in (cls.name, cls.__name__)}
     if name not in by_name:
         raise InputError(
             f"unknown profile {name!r}{_nearest(name, list(by_name))}; "
             f"known profiles: {', '.join(cls.name for cls in PROFILES)}"
         )
-    _check_options(by_name[name], options)
-    return by_name[name](**options)
+    return by_name[name]
 
 
 def _check_options(cls: type[DataProfile], options: dict[str, Any]) -> None:

@@ -1,0 +1,168 @@
+"""Before the first step: are the labels, the batches and the model what they should be?
+
+What this finds would not stop a run: it would train, for hours, towards the wrong thing.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_trainer import template
+from lightning_trainer.data.loader import PlannedLoader
+from lightning_trainer.model.probe import LEAK, ROUNDING, evaluating
+from lightning_trainer.pretrained import embedding_rows
+from lightning_trainer.types import IGNORE_INDEX, Batch, InputError
+
+EXAMPLES = 64
+"""Examples whose labels are looked at."""
+
+TOGETHER, TOKENS = 3, 48
+"""Examples that are computed together and alone, and how many tokens of each: 144 rows of logits at most."""
+
+
+class SelfCheck(Callback):
+    """Looks at real examples of this run, through the collator and the model that will train.
+
+    No random number is drawn and nothing is changed: training is the same with and without.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check.
+
+        Raises:
+            InputError: Something would train towards the wrong thing; the message names it.
+        """
+        loader = trainer.train_dataloader
+        if not isinstance(loader, PlannedLoader):  # a data module that is not ours
+            return
+        started = time.perf_counter()
+        module: Any = pl_module
+        batch = loader.collate(np.arange(min(EXAMPLES, len(loader.collate.store))), 1)
+        check_tokens(batch, embedding_rows(module.causal_lm))
+        check_labels(of_examples(batch.labels, batch, loader.collate.packed), module.tokenizer)
+        checked = ["one dtype", "tokens within the embedding", "labels with their stop token"]
+        if isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            check_examples_apart(module, loader)
+            checked.append("examples apart")
+        rank_zero_info(f"self-check: {', '.join(checked)} ({time.perf_counter() - started:.1f} s)")
+
+
+def check_tokens(batch: Batch, rows: int) -> None:
+    """Refuse token ids outside the embedding.
+
+    Raises:
+        InputError: See above.
+    """
+    largest = int(batch.input_ids.max())
+    if largest >= rows:
+        raise InputError(
+            f"the data holds token id {largest}, the model's embedding has {rows} rows: tokenizer and model do not "
+            "belong together",
+            key="model.tokenizer",
+        )
+
+
+def check_labels(examples: list[Tensor], tokenizer: Any) -> None:
+    """Refuse labels from which the model would learn nothing, or never learn to stop.
+
+    Args:
+        examples: Labels of each example, (tokens,) int64.
+        tokenizer: With its chat template.
+
+    Raises:
+        InputError: No token is trained, or in no example the token that ends an answer.
+    """
+    trained = [labels[labels != IGNORE_INDEX] for labels in examples]
+    if not any(len(labels) for labels in trained):
+        raise InputError(f"no token of the first {len(examples)} examples is trained: all labels are masked", "data")
+    stops = template.stop_token_ids(tokenizer)
+    ends = sum(bool(set(labels.tolist()) & set(stops)) for labels in trained)
+    names = ", ".join(repr(tokenizer.decode([stop])) for stop in stops) or "there is none"
+    if not ends:
+        raise InputError(
+            f"the token that ends an answer ({names}) is trained in none of the first {len(examples)} examples: the "
+            "model would never learn to stop. Let the chat template put it behind each assistant turn, within its "
+            "{% generation %} marks where it has them, or name it as the tokenizer's eos_token",
+            key="model.tokenizer",
+        )
+    if ends < len(examples):
+        rank_zero_warn(
+            f"{len(examples) - ends} of the first {len(examples)} examples do not train a stop token {names}"
+        )
+
+
+def of_examples(values: Tensor, batch: Batch, packed: bool) -> list[Tensor]:
+    """What belongs to each example.
+
+    Args:
+        values: (B, T, …).
+        batch: Says how long each example is.
+        packed: Whether they lie end to end in one row, or each in a row of its own.
+    """
+    if packed:
+        return list(values[0].split(list(batch.example_lengths)))
+    return [row[:length] for row, length in zip(values, batch.example_lengths, strict=True)]
+
+
+def check_examples_apart(module: Any, loader: PlannedLoader) -> None:
+    """Refuse batches in which examples see each other, or padding.
+
+    Examples are computed together and alone; then the first is changed, and no logit of the others may move.
+
+    Raises:
+        InputError: See above.
+    """
+    store = loader.collate.store
+    examples = np.arange(min(TOGETHER, len(store)))
+    heads, changed = (_Heads(store, embedding_rows(module.causal_lm), shifted=part) for part in ((), (0,)))
+    with evaluating(module.causal_lm), torch.no_grad():
+        together = _logits(module, loader, heads, examples)
+        beside_other = _logits(module, loader, changed, examples)
+        alone = [_logits(module, loader, heads, examples[i : i + 1])[0] for i in examples]
+    if not all(bool(torch.isfinite(logits).all()) for logits in alone):
+        raise InputError("the model gives logits that are not finite: its weights are damaged", "model.pretrained")
+    size = max(float(logits.abs().max()) for logits in alone)
+    leak = max([_distance(a, b) for a, b in zip(together[1:], beside_other[1:], strict=True)], default=0.0) / size
+    off = max(_distance(a, b) for a, b in zip(together, alone, strict=True)) / size
+    dtype = module.causal_lm.dtype
+    if not (leak <= LEAK[dtype] and off <= ROUNDING[dtype]):  # NaN is no pass
+        how = "packed" if loader.collate.packed else "padded"
+        raise InputError(
+            f"examples of a {how} batch do not stay apart: their logits move by {leak:.2g} of their size with the "
+            f"example beside them, and are {off:.2g} off those of the example alone. Attention mask, position ids and "
+            f"model.attn_implementation ({module.causal_lm.config._attn_implementation}) do not fit each other"
+            + ("; data.packing: false pads instead" if loader.collate.packed else ""),
+            key="data.packing",
+        )
+
+
+class _Heads:
+    """The first tokens of each example; of those in `shifted`, other tokens."""
+
+    def __init__(self, store: Any, vocabulary: int, shifted: tuple[int, ...]) -> None:
+        self.store, self.vocabulary, self.shifted = store, vocabulary, shifted
+
+    def __getitem__(self, row: int) -> Any:
+        ids, marks = (part[:TOKENS] for part in self.store[row])
+        return ((ids + 1) % self.vocabulary if row in self.shifted else ids), marks
+
+
+def _logits(module: Any, loader: PlannedLoader, store: Any, examples: Any) -> list[Tensor]:
+    """Logits of each example, by the collator and the forward pass that train; fp32."""
+    collate = copy.copy(loader.collate)
+    collate.store = store
+    batch = collate(examples, 1)
+    return of_examples(module(batch.to(module.device)).float(), batch, collate.packed)
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())

@@ -1,0 +1,43 @@
+"""`check`: the config doctor."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+
+from lightning_trainer.diagnose.check import Finding, examine
+from lightning_trainer.engine.run import quiet_stack
+from lightning_trainer.engine.trainer_cli import TrainerCLI
+from lightning_trainer.types import InputError
+
+
+def run(command: str, words: list[str]) -> int:
+    """Print the report; 0, 1 with warnings under --strict, 2 with errors."""
+    parser = argparse.ArgumentParser(
+        prog=f"lightning-trainer {command}",
+        description="What `fit` would do with this configuration, and what looks wrong. Nothing is trained or written; "
+        "no weights are loaded. Other options are those of `fit`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="the report as JSON")
+    parser.add_argument("--strict", action="store_true", help="exit status 1 where there are warnings")
+    given, rest = parser.parse_known_args(words)
+    with quiet_stack():
+        cli = TrainerCLI(["fit", *rest])
+        with cli.config_errors():
+            report = examine(cli.model, cli.datamodule, cli.trainer)
+        report = replace(report, findings=(*_directory_findings(cli), *report.findings))
+    print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) if given.json else report.as_text())
+    severities = {finding.severity for finding in report.findings}
+    if "error" in severities:
+        return 2
+    return 1 if severities and given.strict else 0
+
+
+def _directory_findings(cli: TrainerCLI) -> list[Finding]:
+    try:
+        cli.check_directory()
+    except InputError as error:
+        return [Finding("warning", error.key or "", str(error))]
+    return []

@@ -1,0 +1,114 @@
+"""The configuration looked at before it runs: what would be trained, in how many steps, in how much memory.
+
+Nothing is written and no weights are loaded: the model is built on the meta device, rows are counted and a sample of
+them is tokenised.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_trainer.data import ChatDataModule
+from lightning_trainer.diagnose import memory
+from lightning_trainer.diagnose.check_data import Rows, look_at
+from lightning_trainer.diagnose.check_findings import Facts, Finding, Settings, findings
+from lightning_trainer.diagnose.check_model import empty_model, model_facts, run_dtype
+from lightning_trainer.diagnose.check_run import RunFacts, run_facts
+from lightning_trainer.diagnose.check_screen import screen
+from lightning_trainer.model import CausalLMModule, CompensatedAdamW
+from lightning_trainer.types import InputError
+
+__all__ = ["Finding", "Report", "examine"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run would do, and what is doubtful about it."""
+
+    facts: Facts
+    findings: tuple[Finding, ...]
+
+    def as_text(self) -> str:
+        """One screen."""
+        return screen(self.facts, self.findings)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as JSON types."""
+        parts = {**asdict(self.facts), "findings": [asdict(finding) for finding in self.findings]}
+        plain: dict[str, Any] = json.loads(json.dumps(parts))  # tuples become lists
+        return plain
+
+
+def examine(module: CausalLMModule, data: ChatDataModule, trainer: Trainer) -> Report:
+    """Look at a run that has been configured and not begun.
+
+    Raises:
+        InputError: Something cannot be examined at all: no model configuration, no file, no usable row.
+    """
+    dtype = run_dtype(trainer)
+    model = empty_model(module, dtype, data.packing)
+    optimizer, scheduler = _optimizer(module, dtype)
+    settings = _settings(data, optimizer)
+    if data.tokenizer is None:
+        data.tokenizer = module.tokenizer
+    train = look_at(data, "train")
+    if not train.facts.examples:
+        why = "\n".join(train.facts.reasons)
+        raise InputError(f"no row can be trained on, of {train.facts.read}\n{why}".strip(), key="data.train_path")
+    val = look_at(data, "val").facts if "val" in data._needed() else None
+    about = model_facts(module, model, trainer)
+    run = run_facts(data, trainer, train, 0 if val is None else val.examples, scheduler)
+    held = memory.estimate(
+        model,
+        memory.optimizer_bytes(optimizer, about.trainable, dtype),
+        about.loss,
+        dtype,
+        tokens=run.most_tokens,
+        trained=_trained(train, run),
+        packed=data.packing,
+        checkpointing=module.gradient_checkpointing,
+    )
+    facts = Facts(settings, about, train.facts, val, run, held)
+    return Report(facts, findings(facts))
+
+
+def _trained(train: Rows, run: RunFacts) -> int:
+    """Trained tokens of a full micro-batch."""
+    return round(run.most_tokens * train.facts.trained_tokens / train.facts.tokens)
+
+
+def _optimizer(module: CausalLMModule, dtype: torch.dtype) -> tuple[Optimizer, LRScheduler]:
+    """Optimizer and schedule as the run will make them, for one small weight."""
+    try:
+        optimizer = module.make_optimizer([memory.asked_weight(dtype)])
+    except (ValueError, TypeError) as error:
+        raise InputError(str(error), key="model.optimizer") from error
+    rates = [group["lr"] for group in optimizer.param_groups]
+    try:
+        scheduler = module.make_scheduler(optimizer)
+    except (ValueError, TypeError) as error:
+        raise InputError(str(error), key="model.lr_scheduler") from error
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate  # the schedule has set that of its first step
+    return optimizer, scheduler
+
+
+def _settings(data: ChatDataModule, optimizer: Optimizer) -> Settings:
+    return Settings(
+        max_length=data.max_length,
+        min_length=data.min_length,
+        max_bad_fraction=data.max_bad_fraction,
+        on_bad_row=data.on_bad_row,
+        on_long_row=data.on_long_row,
+        packing=data.packing,
+        optimizer=type(optimizer).__name__,
+        loses_nothing=isinstance(optimizer, CompensatedAdamW),
+        lr=float(optimizer.param_groups[0]["lr"]),
+    )

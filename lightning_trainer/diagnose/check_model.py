@@ -1,0 +1,133 @@
+"""The model of a run, built without its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from lightning_trainer import pretrained
+from lightning_trainer.model import CausalLMModule, attention
+from lightning_trainer.model.loss import TRANSFORMS, LossName
+from lightning_trainer.precision import SingleDtypePrecision
+from lightning_trainer.types import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WEIGHTS = ("*.safetensors", "*.bin")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The model as a run would train it.
+
+    Attributes:
+        parameters: Tied weights counted once.
+        loss: The one that will be used.
+        why_full: Why it is not the chunked one that was asked for, or empty.
+        positions: Tokens the architecture is made for; None where it does not say.
+        embedding_rows: Token ids lie below it.
+        vocabulary: Tokens of the tokenizer.
+        misfit: Why the tokenizer cannot be used with the model, or empty.
+        has_weights: False where the directory holds none.
+    """
+
+    name: str
+    parameters: int
+    trainable: int
+    frozen: int
+    precision: str
+    dtype: str
+    attention: str
+    loss: LossName
+    why_full: str
+    gradient_checkpointing: bool
+    positions: int | None
+    embedding_rows: int
+    vocabulary: int
+    misfit: str
+    from_scratch: bool
+    has_weights: bool
+
+
+def run_dtype(trainer: Trainer) -> torch.dtype:
+    """The run's one dtype.
+
+    Raises:
+        InputError: The Trainer has another precision plugin than ours.
+    """
+    plugin = trainer.precision_plugin
+    if not isinstance(plugin, SingleDtypePrecision):
+        raise InputError(
+            f"the Trainer's precision plugin is {type(plugin).__name__}; give it SingleDtypePrecision",
+            key="trainer.precision",
+        )
+    return plugin.dtype
+
+
+def empty_model(module: CausalLMModule, dtype: torch.dtype, packing: bool) -> PreTrainedModel:
+    """The model on the meta device: shapes and dtypes of its weights, not one number.
+
+    Raises:
+        InputError: There is no configuration, or it takes no such attention.
+    """
+    attention.register()
+    asked = module.attn_implementation
+    auto = attention.PACKED if packing else "sdpa"
+    with torch.device("meta"):
+        return pretrained.load_model(
+            module.pretrained, dtype, from_scratch=True, attn_implementation=auto if asked == "auto" else asked
+        )
+
+
+def model_facts(module: CausalLMModule, model: PreTrainedModel, trainer: Trainer) -> ModelFacts:
+    """What `empty_model` shows."""
+    config: Any = model.config.get_text_config()
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    trainable = sum(count for count, is_trained in counts if is_trained)
+    why_full = _why_full(model) if module.loss_name == "chunked" else ""
+    return ModelFacts(
+        name=type(model).__name__,
+        parameters=sum(count for count, _ in counts),
+        trainable=trainable,
+        frozen=sum(count for count, _ in counts) - trainable,
+        precision=str(trainer.precision_plugin.precision),
+        dtype=str(run_dtype(trainer)).removeprefix("torch."),
+        attention=str(config._attn_implementation),
+        loss="full" if why_full else module.loss_name,
+        why_full=why_full,
+        gradient_checkpointing=module.gradient_checkpointing,
+        positions=getattr(config, "max_position_embeddings", None),
+        embedding_rows=pretrained.embedding_rows(model),
+        vocabulary=len(module.tokenizer),
+        misfit=_misfit(module, model),
+        from_scratch=module.from_scratch,
+        has_weights=_has_weights(module.pretrained),
+    )
+
+
+def _why_full(model: PreTrainedModel) -> str:
+    """What the configuration says; the model itself is asked before the first step."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear):
+        return f"its output layer is {type(head).__name__}, not Linear"
+    config: Any = model.config.get_text_config()
+    changed = [name for name in TRANSFORMS if getattr(config, name, None) not in (None, 1, 1.0)]
+    return f"it changes its logits ({changed[0]}={getattr(config, changed[0])})" if changed else ""
+
+
+def _misfit(module: CausalLMModule, model: PreTrainedModel) -> str:
+    try:
+        pretrained.check_tokenizer_fits(module.tokenizer, pretrained.embedding_rows(model))
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def _has_weights(name: str) -> bool:
+    folder = Path(name).expanduser()
+    return not folder.is_dir() or any(found for pattern in WEIGHTS for found in folder.glob(pattern))

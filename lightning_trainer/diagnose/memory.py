@@ -1,0 +1,275 @@
+"""How much memory a training step takes, by part: formulas, whose activations the tests hold against autograd.
+
+    total = weights + gradients + moments + the greater of (activations and loss) and (the update's temporaries)
+
+The update runs when the activations are gone, so only the greater of the two counts.
+
+Letters: T tokens of a micro-batch, N of them trained on, s bytes of a number in the run's dtype, C hidden size,
+I intermediate size, Q = heads x head_dim, K = key/value heads x head_dim, V rows of the output layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from lightning_trainer.model.attention import PACKED
+from lightning_trainer.model.loss import CHUNK, LossName
+from lightning_trainer.model.optim import BUCKET, CompensatedAdamW
+
+GIB = 1 << 30
+
+CARD = (24 * GIB, "a 24 GB card")
+"""What is compared with where there is no GPU."""
+
+CONTEXT = GIB
+"""Left for what no formula sees: CUDA's context and kernels, holes in the allocator's blocks."""
+
+ASKED = 64
+"""An optimizer is asked what it keeps for a weight of this many rows and columns."""
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Names by which configurations say that only some of the weights see a token."""
+
+STORES_NO_SCORES = (PACKED, "sdpa", "flash")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What activations depend on.
+
+    Attributes:
+        query: Heads x head_dim.
+        key: Key/value heads x head_dim.
+        gated: Whether the MLP multiplies two projections (SwiGLU); else one projection and its activation.
+        norms_heads: Whether queries and keys are normalised (`q_norm`).
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    query: int
+    key: int
+    gated: bool
+    norms_heads: bool
+
+
+def shape_of(model: PreTrainedModel) -> Shape | None:
+    """The shape of a dense transformer, or None where the model is no such thing or does not say."""
+    config: Any = model.config.get_text_config()
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+    layers, hidden, intermediate, heads = (getattr(config, name, None) for name in names)
+    stores_scores = not str(config._attn_implementation).startswith(STORES_NO_SCORES)
+    if not (layers and hidden and intermediate and heads) or stores_scores or _has_experts(config):
+        return None
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    pairs = getattr(config, "num_key_value_heads", None) or heads
+    parts = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    gated = bool(parts & {"gate_proj", "gate_up_proj", "w3"})
+    return Shape(layers, hidden, intermediate, heads, heads * head_dim, pairs * head_dim, gated, "q_norm" in parts)
+
+
+def _has_experts(config: Any) -> bool:
+    return any((getattr(config, name, None) or 0) > 1 for name in EXPERTS)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that autograd holds for the backward pass.
+
+    Attributes:
+        kept: From the forward pass on.
+        recomputed: Made again in the backward pass under gradient checkpointing: one layer's, at a time.
+    """
+
+    kept: int
+    recomputed: int
+
+
+def activations(shape: Shape, tokens: int, itemsize: int, packed: bool, checkpointing: bool) -> Activations:
+    """What the backward pass needs, for a micro-batch of `tokens` tokens, padding included.
+
+    Outside the layers it is the last norm (4C + sC) and the rotary tables (2s head_dim), a token.
+    """
+    layer = tokens * _layer(shape, itemsize, packed)
+    around = tokens * (4 * shape.hidden + itemsize * (shape.hidden + 2 * shape.query // shape.heads) + 12)
+    if checkpointing:  # the input of each layer
+        return Activations(around + shape.layers * tokens * itemsize * shape.hidden, layer)
+    return Activations(around + shape.layers * layer, 0)
+
+
+def _layer(shape: Shape, s: int, packed: bool) -> int:
+    """Bytes a token and layer."""
+    hidden, query, key = shape.hidden, shape.query, shape.key
+    # A norm computes in fp32: 4 bytes of its input, s of the normalised, s of its output, which projections keep.
+    norms = 2 * (4 + 2 * s) * hidden + 8
+    if shape.norms_heads:
+        norms += (4 + s) * (query + key) + 4 * (shape.heads + shape.heads * key // query)
+    # Packed: keys and values as they are, and the examples' outputs joined once more. Padded: a mask makes
+    # transformers repeat keys and values for every head.
+    qkv = query + 2 * key if packed else 3 * query
+    out = 2 * query if packed else query
+    scores = 4 * shape.heads  # their log-sum-exp alone
+    mlp = (4 if shape.gated else 2) * shape.intermediate
+    return norms + s * (qkv + out + mlp) + scores
+
+
+def loss_bytes(loss: LossName, hidden: int, rows: int, tokens: int, trained: int, itemsize: int) -> int:
+    """What the loss holds at its peak, besides the activations.
+
+    `full`: the trained tokens' logits, their fp32 log-softmax and its gradient, NV(s + 8); or, later, the gradient of
+    all logits, TVs + NVs. `chunked`: fp32 logits of a chunk; of the output layer a gradient, a fp32 one of the chunk
+    and, under 16 bits, a fp32 copy: torch's `accurate` policy, VC(s + 4 + 4); the gradient of N hidden states.
+    """
+    if loss == "full":
+        return max(trained * rows * (itemsize + 8), (tokens + trained) * rows * itemsize)
+    copy = 4 if itemsize < 4 else 0
+    return CHUNK * rows * 4 + rows * hidden * (itemsize + 4 + copy) + trained * hidden * (itemsize + 4)
+
+
+@dataclass(frozen=True)
+class OptimizerBytes:
+    """What an optimizer takes, in bytes a trained weight.
+
+    Attributes:
+        state: Moments and whatever else it keeps between steps.
+        update: fp32 or foreach temporaries while it steps, in bytes of all.
+        note: What is not known of it, or empty.
+    """
+
+    state: float
+    update: int
+    note: str
+
+
+def optimizer_bytes(optimizer: Optimizer, trained: int, dtype: torch.dtype) -> OptimizerBytes:
+    """Ask the optimizer: it makes a step with one weight of 64 x 64, and its state is counted.
+
+    Args:
+        optimizer: Of that one weight, as `asked_weight` makes it; it is stepped.
+        trained: Weights trained in the run.
+        dtype: Of the run.
+    """
+    weight: Tensor = optimizer.param_groups[0]["params"][0]
+    weight.grad = torch.zeros_like(weight)
+    try:
+        optimizer.step()
+    except (RuntimeError, TypeError, ValueError, AssertionError):  # needs a GPU, a closure, …
+        return OptimizerBytes(2.0 * dtype.itemsize, 0, "unknown optimizer, assumed 2 moments")
+    state = sum(value.nbytes for value in optimizer.state[weight].values() if isinstance(value, Tensor) and value.dim())
+    return OptimizerBytes(state / weight.numel(), _update_bytes(optimizer, trained, dtype), "")
+
+
+def asked_weight(dtype: torch.dtype) -> torch.nn.Parameter:
+    """The weight that `optimizer_bytes` asks with."""
+    return torch.nn.Parameter(torch.zeros(ASKED, ASKED, dtype=dtype))
+
+
+def _update_bytes(optimizer: Optimizer, trained: int, dtype: torch.dtype) -> int:
+    if isinstance(optimizer, CompensatedAdamW):
+        # fp32 copies of weight, gradient and two moments; under 16-true the moments are fp32 themselves.
+        copies = {torch.bfloat16: 16, torch.float16: 8}.get(dtype, 0)
+        return min(BUCKET, trained) * copies
+    group = optimizer.param_groups[0]
+    if group.get("foreach") is False or group.get("fused") or "foreach" not in group:
+        return 0
+    return trained * dtype.itemsize  # torch's foreach loops hold one intermediate of all weights
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a training step on one device.
+
+    Attributes:
+        tokens: Of a micro-batch, padding included.
+        activations: None where they are not estimated; so is what is made of them.
+        without_checkpointing: What `activations` would be without gradient checkpointing.
+        with_checkpointing: What they would be with it, one layer's recomputed ones included.
+        update: The optimizer's temporaries, at a time when there are no activations.
+        card: Bytes of the device it is compared with.
+        note: What is not known of the optimizer, or empty.
+    """
+
+    weights: int
+    gradients: int
+    moments: int
+    update: int
+    tokens: int
+    activations: int | None
+    without_checkpointing: int | None
+    with_checkpointing: int | None
+    loss: int
+    total: int | None
+    card: int
+    card_name: str
+    note: str
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether it fits the card, beside what CUDA itself takes; None where it is not estimated."""
+        return None if self.total is None else self.total + CONTEXT <= self.card
+
+
+def estimate(
+    model: PreTrainedModel,
+    optimizer: OptimizerBytes,
+    loss: LossName,
+    dtype: torch.dtype,
+    tokens: int,
+    trained: int,
+    packed: bool,
+    checkpointing: bool,
+) -> Memory:
+    """The memory of a training step.
+
+    Args:
+        model: On the meta device.
+        tokens: Of a micro-batch, padding included.
+        trained: How many of them are trained on.
+        packed: Whether examples share rows.
+    """
+    s, shape = dtype.itemsize, shape_of(model)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    static = {
+        "weights": sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
+        "gradients": sum(p.nbytes for p in trainable),
+        "moments": round(optimizer.state * sum(p.numel() for p in trainable)),
+    }
+    head: Any = model.get_output_embeddings() or model.get_input_embeddings()
+    rows, hidden = head.weight.shape
+    at_loss = loss_bytes(loss, hidden, rows, tokens, trained, s)
+    without, within = (None if shape is None else activations(shape, tokens, s, packed, c) for c in (False, True))
+    chosen = within if checkpointing else without
+    # One layer is computed again after the loss has let go of its memory.
+    passes = None if chosen is None else chosen.kept + max(chosen.recomputed, at_loss)
+    card, name = _card()
+    return Memory(
+        **static,
+        update=optimizer.update,
+        tokens=tokens,
+        activations=_held(chosen),
+        without_checkpointing=_held(without),
+        with_checkpointing=_held(within),
+        loss=at_loss,
+        total=None if passes is None else sum(static.values()) + max(passes, optimizer.update),
+        card=card,
+        card_name=name,
+        note=optimizer.note,
+    )
+
+
+def _held(held: Activations | None) -> int | None:
+    return None if held is None else held.kept + held.recomputed
+
+
+def _card() -> tuple[int, str]:
+    if not torch.cuda.is_available():
+        return CARD
+    found = torch.cuda.get_device_properties(0)
+    return int(found.total_memory), str(found.name)

@@ -1,0 +1,222 @@
+"""TrainerEngine: the same run as `fit`, told as a result."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_trainer import (
+    CausalLMModule,
+    TrainerConfig,
+    TrainerEngine,
+    TrainingResult,
+    TrainingStatusReader,
+    TrainingStatusWriter,
+    create_default_config,
+)
+from lightning_trainer.cli import main
+
+Make = Callable[..., TrainerConfig]
+
+
+@pytest.fixture
+def small(tiny_model_dir: Path, tmp_path: Path, chat_rows: Any, write_rows: Any) -> Make:
+    """A job of three steps over ten rows."""
+
+    def make(output: str = "run", rows: int = 10, **hyperparams: Any) -> TrainerConfig:
+        config = create_default_config(
+            model_path=str(tiny_model_dir),
+            dataset_path=str(write_rows(chat_rows(rows), "job.jsonl")),
+            output_dir=str(tmp_path / output),
+            base_model="tiny",
+            model_architecture="Qwen3ForCausalLM",
+            max_context_length=2048,
+            vocab_size=384,
+        )
+        values = {"batch_size": 2, "gradient_accumulation": 1, "max_steps": 3, "warmup_steps": 1, **hyperparams}
+        for name, value in values.items():
+            setattr(config.hyperparams, name, value)
+        config.monitoring.preview_max_tokens = 4
+        config.environment.dataloader_num_workers = 0
+        config.environment.logging_steps = 1
+        return config
+
+    return make
+
+
+def test_the_usage_example(tiny_model_dir: Path, tmp_path: Path, chat_rows: Any, write_rows: Any) -> None:
+    config = create_default_config(
+        model_path=str(tiny_model_dir),
+        dataset_path=str(write_rows(chat_rows(24))),
+        output_dir=str(tmp_path / "a"),
+        base_model="tiny",
+        model_architecture="Qwen3ForCausalLM",
+        max_context_length=2048,
+        vocab_size=384,
+    )
+    config.profile.name = "regime3"
+    config.hyperparams.fp_precision = "bf16"
+    config.hyperparams.batch_size = 16
+    config.monitoring.preview_max_tokens = 8
+    result = TrainerEngine(TrainingStatusWriter(tmp_path / "status.json")).run_job(config)
+    assert result.success, result.error_message
+    assert result.global_step == 1
+    assert result.runtime_sec > 0
+    assert result.last_checkpoint_path == str(tmp_path / "a" / "checkpoints" / "step=000001.ckpt")
+    assert result.final_loss is not None
+    assert 5 < result.final_loss < 7  # ln(384) = 5.95, random weights
+    assert (result.summary["profile"], result.summary["precision"]) == ("regime3", "bf16")
+    assert result.summary["metrics"]["train/loss"] == result.final_loss
+    assert (result.error_type, result.error_message) == (None, None)
+
+    saved = tmp_path / "job.json"
+    saved.write_text(json.dumps(config.to_dict()), encoding="utf-8")
+    again = TrainerConfig.from_dict(json.loads(saved.read_text(encoding="utf-8")))
+    again.output.output_dir = str(tmp_path / "b")
+    assert TrainerEngine(None).run_job(again).final_loss == result.final_loss
+
+
+def test_the_same_weights_as_fit_on_the_converted_job(small: Make, tmp_path: Path, weights: Any) -> None:
+    config = small("python", rows=40, max_steps=4, gradient_accumulation=2, eval_strategy="steps", eval_steps=2)
+    saved = tmp_path / "job.json"
+    saved.write_text(json.dumps(config.to_dict()), encoding="utf-8")
+    assert main(["convert", str(saved), "-o", str(tmp_path / "run.yaml")]) == 0
+    directory = ["--trainer.default_root_dir", str(tmp_path / "yaml")]
+    assert main(["fit", "--config", str(tmp_path / "run.yaml"), *directory]) == 0
+    result = TrainerEngine().run_job(config)
+    assert result.success, result.error_message
+    assert result.summary["metrics"]["val/loss"] > 0
+    mine, theirs = (weights(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("python", "yaml"))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.filterwarnings("ignore:16-true skips steps")
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("profile", ["emoji_think", "regime3", "plain"])
+def test_ten_rows_three_steps(
+    small: Make, profile: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    config = small(fp_precision=precision)
+    config.profile.name = profile
+    result = TrainerEngine().run_job(config)
+    assert result.success, result.error_message
+    assert result.global_step == 3
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:previews show training rows")
+def test_no_validation_split(small: Make) -> None:
+    config = small(eval_strategy="epoch")
+    config.monitoring.validation_split = 0.0
+    assert TrainerEngine().run_job(config).success
+
+
+def test_the_writer_is_told_from_start_to_end(small: Make, tmp_path: Path) -> None:
+    seen: list[tuple[str, int]] = []
+
+    class Spy(TrainingStatusWriter):
+        def update(self, **fields: Any) -> None:
+            super().update(**fields)
+            seen.append((fields.get("status", ""), fields.get("current_step", -1)))
+
+    result = TrainerEngine(Spy(tmp_path / "mine.json")).run_job(small())
+    assert seen[0] == ("training", 0)
+    assert {step for _, step in seen} >= {0, 1, 3}
+    mine, own = (TrainingStatusReader(path).read() for path in (tmp_path / "mine.json", tmp_path / "run/status.json"))
+    assert mine["status"] == own["status"] == "completed"
+    assert mine["loss"] == own["loss"] == pytest.approx(result.final_loss)
+    assert (mine["current_step"], mine["total_steps"]) == (3, 3)
+    assert mine["total_evals"] == own["total_evals"] > 0
+
+
+def test_a_job_that_is_wrong_from_the_start(small: Make, tmp_path: Path) -> None:
+    config = small()
+    config.data.dataset_path = str(tmp_path / "nowhere.jsonl")
+    writer = TrainingStatusWriter(tmp_path / "status.json")
+    result = TrainerEngine(writer).run_job(config)
+    assert not result.success
+    assert (result.global_step, result.final_loss, result.last_checkpoint_path) == (0, None, None)
+    assert result.error_type == "ConfigError"
+    assert "there is no data file" in str(result.error_message)
+    state = TrainingStatusReader(tmp_path / "status.json").read()
+    assert (state["status"], state["error_type"]) == ("crashed", "ConfigError")
+    assert not TrainerEngine().run_job({"hyperparams": {"batch_size": 0}}).success
+
+
+def test_a_job_that_fails_keeps_the_step_it_reached(
+    small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _at_step(monkeypatch, 2, lambda: (_ for _ in ()).throw(RuntimeError("out of luck")))
+    config = small(save_steps=1)
+    result = TrainerEngine().run_job(config)
+    assert (result.success, result.error_type, result.error_message) == (False, "RuntimeError", "out of luck")
+    assert result.global_step == 2
+    assert result.final_loss is not None
+    assert result.last_checkpoint_path == str(tmp_path / "run" / "checkpoints" / "step=000002.ckpt")
+    state = TrainingStatusReader(tmp_path / "run" / "status.json").read()
+    assert (state["status"], state["error_message"]) == ("crashed", "out of luck")
+
+    monkeypatch.undo()
+    config.output.resume_from_checkpoint = "last"
+    assert TrainerEngine().run_job(config).global_step == 3
+
+
+def test_a_keyboard_interrupt_passes_and_leaves_a_checkpoint(
+    small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _at_step(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
+    writer = TrainingStatusWriter(tmp_path / "status.json")
+    with pytest.raises(KeyboardInterrupt):
+        TrainerEngine(writer).run_job(small())
+    assert (tmp_path / "run" / "checkpoints" / "step=000002.ckpt").is_dir()
+    assert TrainingStatusReader(tmp_path / "status.json").read()["status"] == "paused"
+
+
+def test_it_runs_beside_the_main_thread(small: Make) -> None:
+    results: list[TrainingResult] = []
+    thread = threading.Thread(target=lambda: results.append(TrainerEngine().run_job(small())))
+    thread.start()
+    thread.join(timeout=60)
+    assert results[0].success, results[0].error_message
+
+
+def test_two_jobs_in_one_process_and_nothing_is_held(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[Any] = []
+    stock = CausalLMModule.on_fit_start
+
+    def note(module: CausalLMModule) -> None:
+        stock(module)
+        held.extend([weakref.ref(module.causal_lm), weakref.ref(module.trainer)])
+
+    monkeypatch.setattr(CausalLMModule, "on_fit_start", note)
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    engine = TrainerEngine()
+    losses = [engine.run_job(small(f"run-{number}")).final_loss for number in range(2)]
+    assert losses[0] == losses[1]
+    assert len(held) == 4
+    assert [ref() for ref in held] == [None] * 4
+    assert {signum: signal.getsignal(signum) for signum in handlers} == handlers
+
+
+def _at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], Any]) -> None:
+    """Do something once, when `step` optimizer steps are complete."""
+    stock = CausalLMModule.training_step
+
+    def step_with_act(module: CausalLMModule, batch: Any, batch_idx: int) -> Any:
+        if module.trainer.global_step == step:
+            act()
+        return stock(module, batch, batch_idx)
+
+    monkeypatch.setattr(CausalLMModule, "training_step", step_with_act)
