@@ -82,14 +82,18 @@ def test_the_readmes_commands_run(
     write_rows(chat_rows(4), "questions.jsonl")
     for name, block in re.findall(r"```yaml\n# (\w+\.yaml)\n(.*?)```", README, flags=re.DOTALL):
         (tmp_path / name).write_text(block.replace("Qwen/Qwen3-0.6B", str(tiny_model_dir)), encoding="utf-8")
-    [profile] = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    profile, script = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     (tmp_path / "my_package.py").write_text(profile, encoding="utf-8")
+    _run_script(script, tiny_model_dir, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     commands = _commands()
-    assert len(commands) == 6
+    assert len(commands) == 10
     for command in commands:
         words = command.split()[1:]
+        if words[0] in ("inspect", "check", "status", "convert"):
+            assert main(words) == 0, command
+            continue
         resumed = "--ckpt_path" in words
         small = ["--trainer.accelerator", "cpu", "--data.max_length", "256", "--data.batch_size", "2"]
         small += ["--data.val_fraction", "0.2"]
@@ -98,6 +102,20 @@ def test_the_readmes_commands_run(
         small += ["--overwrite", "true"] if words[0] == "fit" and not resumed else []
         small += ["--prediction.max_new_tokens", "4"] if words[0] == "predict" else []
         assert main([*words, *small]) == 0, command
+
+
+def _run_script(script: str, model: Path, directory: Path) -> None:
+    """The README's Python, on a tiny model and in few steps; its job is left as job.json."""
+    small = (
+        "config.environment.dataloader_num_workers, config.hyperparams.max_steps = 0, 1\n"
+        "config.monitoring.preview_max_tokens, config.hyperparams.gradient_accumulation = 4, 1\n"
+        'import json\nopen("job.json", "w").write(json.dumps(config.to_dict()))\n'
+    )
+    script = script.replace("models/mine", str(model)).replace("151936", "384")
+    code = script.replace("result = ", f"{small}result = ")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=directory, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("True 1 "), done.stdout
 
 
 def test_help_is_quick_and_loads_nothing_heavy() -> None:

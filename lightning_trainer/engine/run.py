@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from lightning_trainer.callbacks import NonFiniteError
 from lightning_trainer.checkpoints import CheckpointWriteError
 from lightning_trainer.engine.trainer_cli import TrainerCLI
+from lightning_trainer.precision.single_dtype import DtypeError
 
 NOISE = (
     "GPU available",
@@ -21,8 +22,17 @@ NOISE = (
     "Loading `train_dataloader` to estimate",
     "`Trainer.fit` stopped",
     "`weights_only` was not set",
+    "Seed set to",
 )
 """How lines begin that the stack says about itself."""
+
+SPEAKERS = (
+    "pytorch.utilities.rank_zero",
+    "pytorch.accelerators.cuda",
+    "pytorch.trainer.connectors.checkpoint_connector",
+    "fabric.utilities.seed",
+)
+"""Loggers that say them."""
 
 
 class FailedRun(Exception):
@@ -46,7 +56,7 @@ def run_command(args: list[str]) -> str:
         cli = TrainerCLI(args)
         try:
             cli.run()
-        except (NonFiniteError, CheckpointWriteError) as error:
+        except (NonFiniteError, CheckpointWriteError, DtypeError) as error:
             raise FailedRun(str(error)) from error
         return cli.summary()
 
@@ -54,10 +64,7 @@ def run_command(args: list[str]) -> str:
 @contextmanager
 def quiet_stack() -> Iterator[None]:
     """Silence what torch and Lightning say about themselves."""
-    loggers = [
-        logging.getLogger(f"lightning.pytorch.{name}")
-        for name in ("utilities.rank_zero", "accelerators.cuda", "trainer.connectors.checkpoint_connector")
-    ]
+    loggers = [logging.getLogger(f"lightning.{name}") for name in SPEAKERS]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*LeafSpec.*deprecated.*")
         # The first and the last step are logged in any case, and callbacks may be swapped on resume.

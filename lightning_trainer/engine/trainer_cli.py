@@ -33,7 +33,7 @@ from lightning_trainer.engine.logger import RunLogger
 from lightning_trainer.engine.run_directory import RunDirectory, check_unchanged, environment
 from lightning_trainer.model import CausalLMModule, lock
 from lightning_trainer.precision import SingleDtypePrecision
-from lightning_trainer.precision.single_dtype import DTYPES, refusal
+from lightning_trainer.precision.single_dtype import DTYPES, DtypeError, refusal
 from lightning_trainer.pretrained import check_tokenizer_fits, load_config
 from lightning_trainer.preview import LocalPreviewBackend, PreviewBackend
 from lightning_trainer.types import InputError
@@ -104,6 +104,10 @@ class TrainerCLI(LightningCLI):
             yield
         except InputError as error:
             raise ConfigError(self._located(error)) from error
+        except DtypeError as error:
+            if self.began:
+                raise
+            raise ConfigError(str(error)) from error
         except (MisconfigurationException, ValueError) as error:
             if self.began or not _is_from_lightning(error):
                 raise

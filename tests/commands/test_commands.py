@@ -79,8 +79,8 @@ def test_inspect_shows_rows_and_writes_a_page(run_yaml: Callable[..., Path], tmp
     assert "\x1b" not in out
     assert "⟦(add " in out
     assert "⟧⟪<|im_end|>⟫" in out
-    assert "\nexample 2: " in out
-    assert "\nexample 3: " not in out
+    assert "\nexample 2:" in out
+    assert "\nexample 3:" not in out
     assert main(["inspect", "--config", str(path), "--html", str(tmp_path / "page.html")]) == 0
     assert (tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     assert main(["inspect", "--config", str(path), "--rows", "0"]) == 2
