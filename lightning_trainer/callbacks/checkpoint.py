@@ -120,8 +120,11 @@ class RunCheckpoint(Checkpoint):
         stock = loop._should_check_val_fx
 
         def should_check(data_fetcher: Any) -> bool:
-            self._validation_postponed |= stock(data_fetcher)
-            return self._validation_postponed and not loop._should_accumulate()
+            due = bool(stock(data_fetcher))
+            if loop._should_accumulate():
+                self._validation_postponed |= due
+                return False
+            return due or self._validation_postponed
 
         loop._should_check_val_fx = should_check
 

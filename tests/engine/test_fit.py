@@ -515,6 +515,18 @@ def test_the_best_are_kept_besides_the_newest(job: Job, tmp_path: Path, scalars:
     assert kept == {*(step for step, _ in scores[:2]), last}
 
 
+def test_a_validation_between_micro_batches_waits_for_the_step(job: Job, tmp_path: Path, scalars: Scalars) -> None:
+    trainer = {"max_steps": 5, "max_epochs": 3, "accumulate_grad_batches": 4, "val_check_interval": 3}
+    assert fit(job(trainer=trainer, checkpoint={"monitor": "val/loss", "save_top_k": -1})) == 0
+    steps = [step for step, _ in scalars(tmp_path / "run")["val/loss"]]
+    for step in steps:
+        state = torch.load(tmp_path / f"run/checkpoints/step={step:06d}.ckpt/trainer.pt", weights_only=True)
+        assert not state["mid_window"]
+    # Nine micro-batches an epoch make windows of 4, 4 and 1; due after 3, 6 and 9, held after 4, 8 and 9.
+    assert steps == [1, 2, 3, 4, 5]
+    assert fit(tmp_path / "run.yaml", "--ckpt_path", str(tmp_path / "run/checkpoints/step=000004.ckpt")) == 0
+
+
 def test_fast_dev_run_leaves_an_old_run_as_it_is(job: Job, tmp_path: Path) -> None:
     config = job(trainer={"callbacks": [PREVIEW], "max_epochs": 1})
     assert fit(config) == 0
