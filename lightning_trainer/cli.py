@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
-from types import FrameType
 
 from lightning_trainer import __version__
+from lightning_trainer.signals import Interrupted, interruptible
 from lightning_trainer.types import InputError
 
 COMMANDS = {
@@ -25,6 +23,9 @@ COMMANDS = {
 }
 """Name -> module of `commands`, and what it does."""
 
+READS_YAML = ("train", "check", "inspect")
+"""Modules whose --config files are looked at before anything heavy is imported."""
+
 USAGE = "\n".join(
     [
         "usage: lightning-trainer COMMAND [--config FILE ...] [--KEY VALUE ...]",
@@ -38,14 +39,6 @@ USAGE = "\n".join(
         "lightning-trainer COMMAND --help       what each key means",
     ]
 )
-
-
-class _Signalled(BaseException):
-    """A signal that came where no checkpoint can be made."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -73,33 +66,19 @@ def _guarded(words: list[str]) -> int:
     from lightning_trainer.engine.config.config_file import ConfigError, check_command_line
 
     module, _ = COMMANDS[words[0]]
-    handlers = _catch_signals()
     try:
-        if module != "convert":  # whose --config is a job's JSON
-            check_command_line(words)
-        command = import_module(f"lightning_trainer.commands.{module}")
-        return int(command.run(words[0], words[1:]))
+        with interruptible():
+            if module in READS_YAML:
+                check_command_line(words)
+            command = import_module(f"lightning_trainer.commands.{module}")
+            return int(command.run(words[0], words[1:]))
     except (ConfigError, InputError) as error:
         return _complain(str(error), 2)
-    except (_Signalled, KeyboardInterrupt) as stop:
-        return 128 + getattr(stop, "signum", signal.SIGINT)
+    except Interrupted as stop:
+        return 128 + stop.signum
     except Exception:  # the outermost boundary: whatever it is, the exit status must say that the run failed
         traceback.print_exc()
         return 1
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-
-
-def _catch_signals() -> dict[int, signal._HANDLER]:
-    """End on SIGINT and SIGTERM with their exit codes; while training, a callback answers them with a checkpoint."""
-    if threading.current_thread() is not threading.main_thread():
-        return {}
-    return {signum: signal.signal(signum, _raise) for signum in (signal.SIGINT, signal.SIGTERM)}
-
-
-def _raise(signum: int, frame: FrameType | None) -> None:
-    raise _Signalled(signum)
 
 
 def _complain(text: str, status: int) -> int:

@@ -68,13 +68,13 @@ class TrainingStatusWriter:
         status_file: Its folder is made when needed.
         max_output_tokens: Recorded as it is; no text is cut.
         context_window: Recorded as it is.
-        model_name: Recorded as it is; empty keeps what the file says.
+        model_name: Recorded as it is; empty leaves it to the run.
     """
 
     def __init__(
         self, status_file: str | Path, max_output_tokens: int = 2048, context_window: int = 4096, model_name: str = ""
     ) -> None:
-        self.path = Path(status_file)
+        self.path, self.model_name = Path(status_file), model_name
         self._about: dict[str, Any] = {"max_output_tokens": max_output_tokens, "context_window": context_window}
         self._about |= {"model_name": model_name} if model_name else {}
         self._state: dict[str, Any] = {}
@@ -204,7 +204,7 @@ class TrainingStatusReader:
         if state["status"] == "training" and not state["alive"]:
             state = self._state()  # it may have ended between the read and the look: its last word stands there now
         if state["status"] == "training" and not state["alive"]:
-            state.update(status="crashed", error_type="Killed", error_message=_obituary(state))
+            state.update(status="crashed", error_type="Killed", error_message=_killed_message(state))
         return {**state, "is_training": state["status"] == "training"}
 
     def _state(self) -> dict[str, Any]:
@@ -273,7 +273,7 @@ def _parse(path: Path) -> dict[str, Any]:
     raise InputError(f"{str(path)!r} is no status file: no status known here, or no pid, heartbeat or timestamp")
 
 
-def _obituary(state: dict[str, Any]) -> str:
+def _killed_message(state: dict[str, Any]) -> str:
     at = f"{datetime.fromtimestamp(state['heartbeat']):%Y-%m-%d %H:%M:%S}, {state['seconds_since_heartbeat']:.0f} s ago"
     gone = f"process {state['pid']} on {state['hostname']} is gone and left no word"
     return f"{gone}; last step {_progress(state)}, last heartbeat {at}"

@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1] / "lightning_trainer"
 
 LEVELS = [
     {"types"},
-    {"template", "pretrained", "logits_rules", "profiles", "precision", "checkpoints", "status"},
-    {"generation"},
+    {"template", "pretrained", "logits_rules", "profiles", "precision", "checkpoints", "status", "signals"},
+    {"generation", "lock"},
     {"data", "model", "preview"},
     {"callbacks"},
     {"engine", "diagnose"},
@@ -30,6 +30,8 @@ WITHOUT_LIGHTNING = {
     "preview",
     "checkpoints",
     "status",
+    "signals",
+    "lock",
 }
 
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -7,7 +7,6 @@ import math
 import random
 import shutil
 import signal
-import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -20,19 +19,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_trainer import checkpoints
 from lightning_trainer.callbacks.finite import raise_if_nonfinite
+from lightning_trainer.signals import ANSWERED, Interrupted, in_main_thread
 from lightning_trainer.types import InputError
 
 
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM, answered at an optimizer-step boundary with a checkpoint."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
-
-
 class RunCheckpoint(Checkpoint):
-    """Writes `checkpoints/step=NNNNNN.ckpt` and keeps `last.ckpt` pointing at the newest.
+    """Writes `checkpoints/step=NNNNNN.ckpt`, lets `last.ckpt` point at the newest, ends a run that a signal stops.
 
     Args:
         every_n_train_steps: Optimizer steps between checkpoints.
@@ -66,7 +58,6 @@ class RunCheckpoint(Checkpoint):
         self._handlers: dict[int, Any] = {}
         self._boundary: tuple[int, dict[str, Any]] | None = None
         self._validation_due = False
-        self._validation_postponed = False
         self._save_after_validation = False
         self._rng: dict[str, Any] | None = None
 
@@ -81,8 +72,8 @@ class RunCheckpoint(Checkpoint):
         Raises:
             InputError: See above.
         """
-        if threading.current_thread() is threading.main_thread():  # Python gives signals to no other
-            self._handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+        if in_main_thread():
+            self._handlers = {signum: signal.getsignal(signum) for signum in ANSWERED}
         if self.monitor is not None and not trainer.limit_val_batches:
             raise InputError(
                 f"there is no validation in this run, and so no {self.monitor!r}", key="checkpoint.monitor"
@@ -98,7 +89,6 @@ class RunCheckpoint(Checkpoint):
         # The loaders may have been made before the checkpoint was read (to count the steps for a schedule); Lightning
         # then forgets to hand them their state.
         loop = trainer.fit_loop
-        self._validate_between_steps(loop.epoch_loop)
         loop._load_combined_loader_states()
         epochs: Any = loop.epoch_progress.current
         if loop.restarted_mid_epoch and epochs.processed == epochs.ready:
@@ -111,22 +101,6 @@ class RunCheckpoint(Checkpoint):
         if self._validation_due:
             self._validation_due = False
             _validate_now(trainer)
-
-    def _validate_between_steps(self, loop: Any) -> None:
-        """Let a validation that falls between two micro-batches of a step wait for the step.
-
-        A checkpoint of the weights it scored would lack their gradients so far. Lightning counts micro-batches.
-        """
-        stock = loop._should_check_val_fx
-
-        def should_check(data_fetcher: Any) -> bool:
-            due = bool(stock(data_fetcher))
-            if loop._should_accumulate():
-                self._validation_postponed |= due
-                return False
-            return due or self._validation_postponed
-
-        loop._should_check_val_fx = should_check
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -155,7 +129,7 @@ class RunCheckpoint(Checkpoint):
         """Note the score of this step, and save it where it is among the best."""
         if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.global_step == 0:
             return
-        self._validation_due = self._validation_postponed = False
+        self._validation_due = False
         if self._save_after_validation:  # so that a resumed run has the metrics of this step, once
             self.save(trainer)
         if self.monitor is None:

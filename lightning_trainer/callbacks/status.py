@@ -13,8 +13,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_trainer.callbacks.find import callbacks_of
 from lightning_trainer.callbacks.preview import PreviewCallback
 from lightning_trainer.callbacks.train_log import TrainLog
+from lightning_trainer.signals import Interrupted
 from lightning_trainer.status import Heartbeat, TrainingStatusWriter
 from lightning_trainer.types import InputError, PreviewResult
 
@@ -60,9 +62,9 @@ class StatusFile(Callback):
         self.writers: list[TrainingStatusWriter] = []
         self._own: TrainingStatusWriter | None = None
         self._main: TrainingStatusWriter  # of the run's own path, whoever gave it
-        self._hearts: list[Heartbeat] = []
+        self._heartbeats: list[Heartbeat] = []
         self._checkpoint: dict[str, Any] | None = None
-        self._active = self._told = False
+        self._active = self._warned = False
         self._rate = 0.0
         self._forget()
 
@@ -82,13 +84,13 @@ class StatusFile(Callback):
         with self._guard():
             name = str(getattr(pl_module, "pretrained", ""))
             self._add_own(trainer, name)
-            self._tell(status="training")
+            self._update(status="training")
             for writer in self.writers:
-                if not writer.state["model_name"]:  # a caller's own name stays
+                if not writer.model_name:  # else the caller's own name stays
                     writer.update(model_name=name)
-            self._hearts = [Heartbeat(writer) for writer in self.writers]
-            for heart in self._hearts:
-                heart.start()
+            self._heartbeats = [Heartbeat(writer) for writer in self.writers]
+            for heartbeat in self._heartbeats:
+                heartbeat.start()
             self._active = True
 
     def _add_own(self, trainer: Trainer, name: str) -> None:
@@ -116,7 +118,7 @@ class StatusFile(Callback):
             self._seen = _newest(trainer)  # of an earlier run in this process
             here = {"current_step": trainer.global_step, "epoch": trainer.current_epoch}
             steps = trainer.estimated_stepping_batches
-            self._tell(**{**known, **here, **self._previewed(), "total_steps": steps})
+            self._update(**{**known, **here, **self._previewed(), "total_steps": steps})
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Write the step before, when it is time.
@@ -158,7 +160,7 @@ class StatusFile(Callback):
             self._write(trainer)
             if (found := trainer.callback_metrics.get("val/loss")) is not None:
                 loss, trained = float(found), self._main.state["loss"]
-                self._tell(validation_loss=loss, val_train_gap=None if trained is None else loss - trained)
+                self._update(validation_loss=loss, val_train_gap=None if trained is None else loss - trained)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """What is known at this step, so that a resumed run counts no preview twice."""
@@ -180,8 +182,7 @@ class StatusFile(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say that the run was stopped, or why it crashed."""
-        # Interrupted, or the command line's own answer to a signal that came before the first step.
-        if isinstance(exception, KeyboardInterrupt) or hasattr(exception, "signum"):
+        if isinstance(exception, KeyboardInterrupt | Interrupted):
             self._end(trainer, "paused")
         else:
             self._end(trainer, "crashed", error_type=type(exception).__name__, error_message=str(exception))
@@ -189,11 +190,11 @@ class StatusFile(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Nothing is written from here on."""
-        self._stop_hearts()
+        self._stop_heartbeats()
         self._active = False
 
     def _end(self, trainer: Trainer, status: Any, **fields: Any) -> None:
-        self._stop_hearts()
+        self._stop_heartbeats()
         if not self._active:
             return
         with self._guard():
@@ -202,18 +203,18 @@ class StatusFile(Callback):
             for writer in self.writers:
                 writer.finish(status, **fields)
 
-    def _stop_hearts(self) -> None:
-        for heart in self._hearts:
-            heart.stop()
-        self._hearts = []
+    def _stop_heartbeats(self) -> None:
+        for heartbeat in self._heartbeats:
+            heartbeat.stop()
+        self._heartbeats = []
 
     def _write(self, trainer: Trainer) -> None:
         self._count(trainer)
-        self._tell(**self._stepped(trainer), **self._previewed())
+        self._update(**self._stepped(trainer), **self._previewed())
         if self._step is not None:
             self._written, self._clock = self._step.number, time.monotonic()
 
-    def _tell(self, **fields: Any) -> None:
+    def _update(self, **fields: Any) -> None:
         for writer in self.writers:
             writer.update(**fields)
 
@@ -261,30 +262,24 @@ class StatusFile(Callback):
         try:
             yield
         except Exception as error:  # a status must never end a training run: it is said once, and tried again later
-            if not self._told:
+            if not self._warned:
                 rank_zero_warn(f"the status file could not be kept: {type(error).__name__}: {error}")
-            self._told = True
+            self._warned = True
 
 
 def _sizes(trainer: Trainer) -> dict[str, Any]:
-    asked = [preview.max_new_tokens for preview in _previews(trainer)]
+    asked = [preview.max_new_tokens for preview in callbacks_of(trainer, PreviewCallback)]
     rows = getattr(getattr(trainer, "datamodule", None), "max_length", None)
     known = {"max_output_tokens": max(asked, default=None), "context_window": rows}
     return {name: size for name, size in known.items() if size is not None}
 
 
-def _previews(trainer: Trainer) -> list[PreviewCallback]:
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback for callback in callbacks if isinstance(callback, PreviewCallback)]
-
-
 def _newest(trainer: Trainer) -> list[PreviewResult]:
-    return [result for callback in _previews(trainer) for result in callback.results]
+    return [result for callback in callbacks_of(trainer, PreviewCallback) for result in callback.results]
 
 
 def _logged(trainer: Trainer) -> dict[str, float]:
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback.last for callback in callbacks if isinstance(callback, TrainLog)), {})
+    return next((callback.last for callback in callbacks_of(trainer, TrainLog)), {})
 
 
 def _example(result: PreviewResult) -> dict[str, Any]:

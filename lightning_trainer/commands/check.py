@@ -27,7 +27,8 @@ def run(command: str, words: list[str]) -> int:
         cli = TrainerCLI(["fit", *rest])
         with cli.config_errors():
             report = examine(cli.model, cli.datamodule, cli.trainer)
-        report = replace(report, findings=(*_directory_findings(cli), *report.findings))
+        found = sorted([*_directory_findings(cli), *report.findings], key=lambda finding: finding.severity)
+        report = replace(report, findings=tuple(found))
     print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) if given.json else report.as_text())
     severities = {finding.severity for finding in report.findings}
     if "error" in severities:
@@ -39,5 +40,5 @@ def _directory_findings(cli: TrainerCLI) -> list[Finding]:
     try:
         cli.check_directory()
     except InputError as error:
-        return [Finding("warning", error.key or "", str(error))]
+        return [Finding("error", error.key or "", str(error))]
     return []

@@ -26,6 +26,8 @@ def run(command: str, words: list[str]) -> int:
     parser.add_argument("--rows", type=int, default=3, help="training rows shown (3)")
     parser.add_argument("--html", type=Path, default=None, help="write a page to this file instead")
     given, rest = parser.parse_known_args(words)
+    if given.rows < 1:
+        raise InputError(f"--rows must be at least 1, not {given.rows}")
     with quiet_stack():
         cli = TrainerCLI(["fit", *rest])
         with cli.config_errors():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from lightning_trainer.callbacks import Interrupted
 from lightning_trainer.engine.run import FailedRun, run_command
 
 
@@ -15,8 +14,6 @@ def run(command: str, words: list[str]) -> int:
     except FailedRun as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except Interrupted as stop:
-        return 128 + stop.signum
     if text:
         print(text)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -125,7 +126,7 @@ class ChatDataModule(lightning.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Tokenise what this command needs, once per machine."""
-        for name in self._needed():
+        for name in self.needed_splits():
             self._build(name, show_progress=True)
 
     def setup(self, stage: str) -> None:
@@ -134,7 +135,7 @@ class ChatDataModule(lightning.LightningDataModule):
         Raises:
             InputError: Too many bad rows, or none left.
         """
-        for name in self._needed():
+        for name in self.needed_splits():
             self.stores[name] = self._build(name, show_progress=False)
         trainer: Any = self.trainer
         if stage == "fit" and trainer is not None and trainer.is_global_zero and not trainer.fast_dev_run:
@@ -150,7 +151,12 @@ class ChatDataModule(lightning.LightningDataModule):
         """The planned training batches of this rank."""
         assert self.trainer is not None
         trainer = self.trainer
-        layout = Layout(
+        collate = self._collator("train")
+        return PlannedLoader(collate, self.layout(trainer), trainer.global_rank, self.num_workers, self._pin_memory)
+
+    def layout(self, trainer: Any) -> Layout:
+        """How a Trainer's training rows are laid out into batches."""
+        return Layout(
             batch_size=self.batch_size,
             accumulate=trainer.accumulate_grad_batches,
             world_size=trainer.world_size,
@@ -159,8 +165,6 @@ class ChatDataModule(lightning.LightningDataModule):
             seed=self.data_seed,
             limit=trainer.limit_train_batches,
         )
-        collate = self._collator("train")
-        return PlannedLoader(collate, layout, trainer.global_rank, self.num_workers, self._pin_memory)
 
     def val_dataloader(self) -> EvaluationLoader | list[Any]:
         """The validation batches of this rank; an empty list where nothing is held out."""
@@ -230,7 +234,7 @@ class ChatDataModule(lightning.LightningDataModule):
         plan = [self.data_seed, self.max_length, self.min_length, self.packing, self.batch_size, self.val_fraction]
         prompt = [self.system_prompt, self.system_prompt_mode]
         data = json.dumps([digests, plan, prompt, self.val_max_rows, self.loss_on, self.on_long_row])
-        return {"data": _sha(data), **recipe_hashes(self._tokenizer(), self.profile)}
+        return {"data": hashlib.sha256(data.encode()).hexdigest(), **recipe_hashes(self._tokenizer(), self.profile)}
 
     def check_files(self) -> None:
         """Refuse files that are not there, before anything is made of those that are.
@@ -288,7 +292,8 @@ class ChatDataModule(lightning.LightningDataModule):
         ]
         (directory / "quarantine.jsonl").write_text("".join(lines), encoding="utf-8")
 
-    def _needed(self) -> list[str]:
+    def needed_splits(self) -> list[str]:
+        """The splits that the Trainer's command reads; of `fit` where there is no Trainer yet."""
         fn = self.trainer.state.fn.value if self.trainer is not None and self.trainer.state.fn else "fit"
         has_val = self.paths["val"] is not None or (self.val_fraction > 0 and self.val_max_rows > 0)
         val = ["val"] if has_val else []
@@ -334,7 +339,7 @@ class ChatDataModule(lightning.LightningDataModule):
 
     def _build(self, name: str, show_progress: bool) -> TokenStore:
         split = self.split(name)
-        store = tokenise(split, self._cache() / split.digest(), self.on_bad_row, show_progress)
+        store = tokenise(split, self.store_folder(name), self.on_bad_row, show_progress)
         if show_progress:
             report = store.ledger["report"]
             rank_zero_info(
@@ -343,12 +348,13 @@ class ChatDataModule(lightning.LightningDataModule):
             )
         return store
 
-    def _cache(self) -> Path:
+    def store_folder(self, name: str) -> Path:
+        """Where the tokens of a split are kept: a function of everything they depend on."""
         if self.cache_dir is not None:
-            return Path(self.cache_dir)
+            return Path(self.cache_dir) / self.split(name).digest()
         import datasets
 
-        return Path(datasets.config.HF_DATASETS_CACHE) / "lightning_trainer"
+        return Path(datasets.config.HF_DATASETS_CACHE) / "lightning_trainer" / self.split(name).digest()
 
     def _collator(self, name: str) -> Collator:
         return Collator(self.stores[name], self.packing, int(self._tokenizer().pad_token_id or 0))
@@ -387,9 +393,3 @@ def _first_faults(stores: Iterable[TokenStore], count: int = 5) -> str:
     lines = [f"  {fault['file']}:{fault['line']}: {fault['reason']}" for fault in faults[:count]]
     more = [f"  and {len(faults) - count} more"] if len(faults) > count else []
     return "\n".join(lines + more)
-
-
-def _sha(text: str) -> str:
-    import hashlib
-
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -62,7 +62,7 @@ def examine(module: CausalLMModule, data: ChatDataModule, trainer: Trainer) -> R
     if not train.facts.examples:
         why = "\n".join(train.facts.reasons)
         raise InputError(f"no row can be trained on, of {train.facts.read}\n{why}".strip(), key="data.train_path")
-    val = look_at(data, "val").facts if "val" in data._needed() else None
+    val = look_at(data, "val").facts if "val" in data.needed_splits() else None
     about = model_facts(module, model, trainer)
     run = run_facts(data, trainer, train, 0 if val is None else val.examples, scheduler)
     held = memory.estimate(

@@ -89,7 +89,7 @@ def look_at(data: ChatDataModule, name: str) -> Rows:
         InputError: The path is not set, or a file is not there or cannot be read at all.
     """
     split = data.split(name)
-    built = data._cache() / split.digest()
+    built = data.store_folder(name)
     if is_built(built):
         return _rows(split, TokenStore(built), None)
     items = tuple(islice(split.conversations(), SAMPLE + 1))
@@ -131,17 +131,11 @@ def _rows(split: Split, store: TokenStore, counted: tuple[int, int] | None) -> R
         examples=examples,
         tokens=int(lengths.sum()),
         trained_tokens=int(trained.sum()),
-        lengths=_percentiles(store.lengths),
+        lengths=report["lengths"],
         stops=_stops(store, template.stop_token_ids(split.recipe.tokenizer)),
         reasons=_reasons(store),
     )
     return Rows(facts, lengths, trained)
-
-
-def _percentiles(lengths: Ints) -> dict[str, int]:
-    if not len(lengths):
-        return {}
-    return {f"p{p}": int(v) for p, v in zip(PERCENTILES, np.percentile(lengths, PERCENTILES), strict=True)}
 
 
 def _stops(store: TokenStore, stop_ids: tuple[int, ...]) -> float:

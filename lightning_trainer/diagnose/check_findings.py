@@ -77,8 +77,6 @@ def _model(facts: Facts) -> Iterator[Finding]:
     if not (model.has_weights or model.from_scratch):
         way_out = "name a directory that has them, or set model.from_scratch: true"
         yield Finding("error", "model.pretrained", f"the directory holds no weights; {way_out}")
-    if model.misfit:
-        yield Finding("error", "model.tokenizer", model.misfit)
     elif 2 * model.vocabulary < model.embedding_rows:
         yield Finding(
             "warning",

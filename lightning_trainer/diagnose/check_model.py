@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 
 from lightning_trainer import pretrained
 from lightning_trainer.model import CausalLMModule, attention
-from lightning_trainer.model.loss import TRANSFORMS, LossName
+from lightning_trainer.model.loss import LossName, changed_logits
 from lightning_trainer.precision import SingleDtypePrecision
 from lightning_trainer.types import InputError
 
@@ -32,7 +32,6 @@ class ModelFacts:
         positions: Tokens the architecture is made for; None where it does not say.
         embedding_rows: Token ids lie below it.
         vocabulary: Tokens of the tokenizer.
-        misfit: Why the tokenizer cannot be used with the model, or empty.
         has_weights: False where the directory holds none.
     """
 
@@ -49,7 +48,6 @@ class ModelFacts:
     positions: int | None
     embedding_rows: int
     vocabulary: int
-    misfit: str
     from_scratch: bool
     has_weights: bool
 
@@ -89,7 +87,7 @@ def model_facts(module: CausalLMModule, model: PreTrainedModel, trainer: Trainer
     config: Any = model.config.get_text_config()
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trainable = sum(count for count, is_trained in counts if is_trained)
-    why_full = _why_full(model) if module.loss_name == "chunked" else ""
+    why_full = (changed_logits(model) or "") if module.loss_name == "chunked" else ""
     return ModelFacts(
         name=type(model).__name__,
         parameters=sum(count for count, _ in counts),
@@ -104,28 +102,9 @@ def model_facts(module: CausalLMModule, model: PreTrainedModel, trainer: Trainer
         positions=getattr(config, "max_position_embeddings", None),
         embedding_rows=pretrained.embedding_rows(model),
         vocabulary=len(module.tokenizer),
-        misfit=_misfit(module, model),
         from_scratch=module.from_scratch,
         has_weights=_has_weights(module.pretrained),
     )
-
-
-def _why_full(model: PreTrainedModel) -> str:
-    """What the configuration says; the model itself is asked before the first step."""
-    head = model.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear):
-        return f"its output layer is {type(head).__name__}, not Linear"
-    config: Any = model.config.get_text_config()
-    changed = [name for name in TRANSFORMS if getattr(config, name, None) not in (None, 1, 1.0)]
-    return f"it changes its logits ({changed[0]}={getattr(config, changed[0])})" if changed else ""
-
-
-def _misfit(module: CausalLMModule, model: PreTrainedModel) -> str:
-    try:
-        pretrained.check_tokenizer_fits(module.tokenizer, pretrained.embedding_rows(model))
-    except InputError as error:
-        return str(error)
-    return ""
 
 
 def _has_weights(name: str) -> bool:

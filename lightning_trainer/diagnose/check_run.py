@@ -11,10 +11,10 @@ import numpy as np
 from lightning.pytorch import Trainer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_trainer.callbacks import PreviewCallback, RunCheckpoint
+from lightning_trainer.callbacks import PreviewCallback, RunCheckpoint, StepValidation, callbacks_of
 from lightning_trainer.data import ChatDataModule
 from lightning_trainer.data.packing import Ints
-from lightning_trainer.data.sampler import EpochPlan, Layout, plan_epoch
+from lightning_trainer.data.sampler import EpochPlan, plan_epoch
 from lightning_trainer.diagnose.check_data import Rows
 from lightning_trainer.model.schedule import DEFAULT_WARMUP, StepSchedule
 
@@ -69,16 +69,7 @@ def run_facts(data: ChatDataModule, trainer: Trainer, train: Rows, held_out: int
         held_out: Rows there are to validate on.
         scheduler: Of the run, made for any optimizer.
     """
-    pack_to = data.max_length if data.packing else None
-    layout = Layout(
-        batch_size=data.batch_size,
-        accumulate=trainer.accumulate_grad_batches,
-        world_size=trainer.world_size,
-        pack_to=pack_to,
-        shuffle=data.shuffle,
-        seed=data.data_seed,
-        limit=trainer.limit_train_batches,
-    )
+    layout = data.layout(trainer)
     plan = plan_epoch(train.lengths, train.trained, layout, epoch=0)
     batches = len(plan)
     per_epoch = math.ceil(batches / layout.accumulate)
@@ -105,8 +96,8 @@ def run_facts(data: ChatDataModule, trainer: Trainer, train: Rows, held_out: int
         schedule=type(scheduler).__name__,
         **_schedule(scheduler, steps),
         validations=_validations(trainer, batches, steps, held_out),
-        checkpoints=_times(steps, (c.every_n_train_steps for c in _callbacks(trainer, RunCheckpoint))),
-        previews=_times(steps, (c.every_n_steps for c in _callbacks(trainer, PreviewCallback))),
+        checkpoints=_times(steps, (c.every_n_train_steps for c in callbacks_of(trainer, RunCheckpoint))),
+        previews=_times(steps, (c.every_n_steps for c in callbacks_of(trainer, PreviewCallback))),
         most_tokens=data.batch_size * data.max_length if data.packing else int(places.max(initial=0)),
         unusable_interval=_unusable_interval(trainer, batches, held_out),
     )
@@ -144,11 +135,6 @@ def _schedule(scheduler: LRScheduler, steps: int | None) -> dict[str, Any]:
     return {"schedule_steps": total, "warmup_steps": warmup}
 
 
-def _callbacks(trainer: Trainer, cls: type) -> list[Any]:
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback for callback in callbacks if isinstance(callback, cls)]
-
-
 def _times(steps: int | None, intervals: Iterable[int]) -> int:
     """How often something happens every so many steps, and once more at the end; 0 where there is no end."""
     return sum(math.ceil(steps / every) for every in intervals) if steps else 0
@@ -157,16 +143,32 @@ def _times(steps: int | None, intervals: Iterable[int]) -> int:
 def _validations(trainer: Trainer, batches: int, steps: int | None, held_out: int) -> int | None:
     if not (held_out and trainer.limit_val_batches and batches and steps):
         return 0
+    for callback in callbacks_of(trainer, StepValidation):
+        if callback.every_n_steps is not None:
+            return steps // callback.every_n_steps
     if getattr(trainer, "_val_check_time_interval", None) is not None:
         return None
-    interval, every = trainer.val_check_interval, trainer.check_val_every_n_epoch
-    per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
-    whole, rest = divmod(steps, per_epoch)
-    last = rest * trainer.accumulate_grad_batches  # micro-batches of an epoch that max_steps cuts short
+    interval = trainer.val_check_interval
     check_at = interval if isinstance(interval, int) else max(1, int(batches * interval))
-    if every is None:
-        return (whole * batches + last) // check_at
-    return whole // every * (batches // check_at) + ((whole + 1) % every == 0) * (last // check_at)
+    return _walk(batches, steps, trainer.accumulate_grad_batches, check_at, trainer.check_val_every_n_epoch)
+
+
+def _walk(batches: int, steps: int, accumulate: int, check_at: int, every: int | None) -> int:
+    """Go through the micro-batches of a run and count its validations: those due within a step wait for its end."""
+    count = stepped = seen = epoch = 0
+    waiting = False
+    while stepped < steps:
+        for batch in range(1, batches + 1):
+            seen += 1
+            waiting |= seen % check_at == 0 if every is None else epoch % every == every - 1 and batch % check_at == 0
+            if batch % accumulate == 0 or batch == batches:
+                stepped += 1
+                count += waiting
+                waiting = False
+                if stepped == steps:
+                    break
+        epoch += 1
+    return count
 
 
 def _unusable_interval(trainer: Trainer, batches: int, held_out: int) -> str:

@@ -5,7 +5,6 @@ Every decision is asked of the code that training uses (`Split`, `Sieve`, `plan_
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,7 @@ from typing import Any
 
 from lightning_trainer.data import ChatDataModule
 from lightning_trainer.data.split import Split
-from lightning_trainer.data.store import LEDGER, Origin, is_built
+from lightning_trainer.data.store import Origin, TokenStore, is_built
 from lightning_trainer.data.tokenise import Kept, Sieve, Sifted, batched
 from lightning_trainer.diagnose.layout import MicroBatch, ShownStore, micro_batches
 from lightning_trainer.diagnose.segments import Segment, Speller, stretches
@@ -222,11 +221,8 @@ def _setting(data: ChatDataModule) -> Setting:
 
 
 def _whole(data: ChatDataModule, split: Split) -> dict[str, Any] | None:
-    folder = data._cache() / split.digest()
-    if not is_built(folder):
-        return None
-    report: dict[str, Any] = json.loads((folder / LEDGER).read_text(encoding="utf-8"))["report"]
-    return report
+    folder = data.store_folder(split.name)
+    return TokenStore(folder).ledger["report"] if is_built(folder) else None
 
 
 def _notes(data: ChatDataModule, split: Split, scan: _Scan) -> Iterator[str]:

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from lightning_trainer import checkpoints
 from lightning_trainer.types import InputError
@@ -182,6 +182,12 @@ def _short(fingerprint: str) -> str:
     """A hash by its beginning; what stands before it in full."""
     *name, digest = fingerprint.split(" ")
     return " ".join([*name, digest[:12]])
+
+
+def rank() -> int:
+    """Of this process; 0 before any launcher has said otherwise."""
+    known: Any = rank_zero_only
+    return int(getattr(known, "rank", 0) or 0)
 
 
 def environment() -> dict[str, Any]:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import lazy_instance
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lightning_trainer import lock
 from lightning_trainer.callbacks import (
     HuggingFaceExport,
     PredictionWriter,
@@ -22,7 +22,9 @@ from lightning_trainer.callbacks import (
     RunCheckpoint,
     SelfCheck,
     StatusFile,
+    StepValidation,
     TrainLog,
+    callbacks_of,
 )
 from lightning_trainer.checkpoints import about
 from lightning_trainer.data import ChatDataModule
@@ -30,8 +32,9 @@ from lightning_trainer.engine.checkpoint_io import DirectoryCheckpointIO
 from lightning_trainer.engine.config.config_file import ConfigError
 from lightning_trainer.engine.config.parser import ConfigParser
 from lightning_trainer.engine.logger import RunLogger
-from lightning_trainer.engine.run_directory import RunDirectory, check_unchanged, environment
-from lightning_trainer.model import CausalLMModule, lock
+from lightning_trainer.engine.run_directory import RunDirectory, check_unchanged, rank
+from lightning_trainer.engine.run_record import RunRecord
+from lightning_trainer.model import CausalLMModule
 from lightning_trainer.precision import SingleDtypePrecision
 from lightning_trainer.precision.single_dtype import DTYPES, DtypeError, refusal
 from lightning_trainer.pretrained import check_tokenizer_fits, load_config
@@ -63,12 +66,11 @@ class TrainerCLI(LightningCLI):
     Attributes:
         run_directory: Where the run is kept.
         resumed_from: The checkpoint the run goes on from, if any.
-        began: Whether training has started.
     """
 
     def __init__(self, args: list[str] | dict[str, Any] | None = None) -> None:
         self.resumed_from: Path | None = None
-        self.began = False
+        self._record: RunRecord | None = None
         with self.config_errors():
             super().__init__(
                 CausalLMModule,
@@ -82,6 +84,11 @@ class TrainerCLI(LightningCLI):
                 parser_kwargs={"prog": "lightning-trainer"},
                 args=args,
             )
+
+    @property
+    def began(self) -> bool:
+        """Whether training has started."""
+        return self._record is not None and self._record.began
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Nothing: LightningCLI calls it from its constructor."""
@@ -124,6 +131,7 @@ class TrainerCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What a run has besides model, data and trainer."""
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(StepValidation, "validation")
         parser.add_lightning_class_args(PredictionWriter, "prediction")
         parser.add_subclass_arguments(PreviewBackend, "preview_backend", default=lazy_instance(LocalPreviewBackend))
         parser.add_argument(
@@ -156,7 +164,7 @@ class TrainerCLI(LightningCLI):
         """Find the run directory and the checkpoint, before anything large is loaded."""
         self.run_directory = RunDirectory(self._value("trainer.default_root_dir"))
         self.resumed_from = self.run_directory.resolve_checkpoint(self._value("ckpt_path"))
-        self._belongs = {} if self.resumed_from is None else about(self.resumed_from).get("run") or {}
+        self._recorded = {} if self.resumed_from is None else about(self.resumed_from).get("run") or {}
         if self.subcommand == "fit":
             self.run_directory.check_writable()
 
@@ -236,9 +244,10 @@ class TrainerCLI(LightningCLI):
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 # Beside ours, not among them.
                 callback.dirpath = str(self.run_directory.checkpoints / type(callback).__name__)
-        always = [self._get(self.config_init, key) for key in ("checkpoint", "prediction")]
+        always = [self._get(self.config_init, key) for key in ("validation", "checkpoint", "prediction")]
         checks = [SelfCheck()] if self._value("self_check") else []
-        return [*checks, TrainLog(), *given, *always, RunRecord(self)]
+        self._record = RunRecord(self.run_directory, self.resolved_config, str(self._value("description")))
+        return [*checks, TrainLog(), *given, *always, self._record]
 
     def _share_backend(self, callbacks: list[Callback]) -> None:
         backend = self._get(self.config_init, "preview_backend")
@@ -249,18 +258,18 @@ class TrainerCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Give the data module what belongs to the run; refuse to go on with other data, before it is tokenised."""
         self.datamodule.default_seed = int(self._value("seed_everything") or 0)
-        self.datamodule.run_date = self._belongs.get("date", self.datamodule.run_date)
+        self.datamodule.run_date = self._recorded.get("date", self.datamodule.run_date)
         self.datamodule.check_files()
         self.datamodule.tokenizer = self.model.tokenizer
         facts = lock.facts_of_config(load_config(self.model.pretrained))
         check_tokenizer_fits(self.model.tokenizer, facts.vocab_size)
         if self.subcommand == "fit" and self.resumed_from is not None:
-            old = self._belongs.get("fingerprints", {})
+            old = self._recorded.get("fingerprints", {})
             check_unchanged(old, self.datamodule.fingerprints(), self._value("allow_changed"))
         self._check_lock(facts)
 
-    def _check_lock(self, facts: lock.ModelFacts) -> None:
-        recorded = self._belongs.get("lock")
+    def _check_lock(self, facts: lock.ModelIdentity) -> None:
+        recorded = self._recorded.get("lock")
         if recorded and "lock" not in (self._value("allow_changed") or []):
             # A run that was begun under a lock keeps it, whether the configuration still has it or not.
             self.model.locked = self.model.locked or lock.Lock(**recorded)
@@ -299,17 +308,16 @@ class TrainerCLI(LightningCLI):
 
     def _learned(self, metrics: dict[str, float]) -> str:
         trainer: Any = self.trainer
-        for callback in trainer.callbacks:
-            metrics.update(callback.last if isinstance(callback, TrainLog) else {})
+        for log in callbacks_of(trainer, TrainLog):
+            metrics.update(log.last)
         parts = [f"{name} {metrics[name]:.4f}" for name in ("train/loss", "val/loss") if name in metrics]
-        previews = [c.pass_rate for c in trainer.callbacks if isinstance(c, PreviewCallback)]
+        previews = [callback.pass_rate for callback in callbacks_of(trainer, PreviewCallback)]
         parts += [f"preview/pass_rate {rate:.3f}" for rate in previews if rate is not None]
         return f"{trainer.global_step} optimizer steps: {', '.join(parts)}"
 
     def _made(self) -> list[str]:
-        trainer: Any = self.trainer
-        exports = [c.written for c in trainer.callbacks if isinstance(c, HuggingFaceExport)]
-        curves = [Path(logger.log_dir) for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        exports = [callback.written for callback in callbacks_of(self.trainer, HuggingFaceExport)]
+        curves = [Path(logger.log_dir) for logger in self.trainer.loggers if isinstance(logger, TensorBoardLogger)]
         return [
             *(f"model: {path}" for path in exports if path is not None),
             *(f"curves: tensorboard --logdir {path}" for path in curves),
@@ -325,39 +333,3 @@ def _is_from_lightning(error: BaseException) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("lightning.")
-
-
-def rank() -> int:
-    """Of this process; 0 before any launcher has said otherwise."""
-    known: Any = rank_zero_only
-    return int(getattr(known, "rank", 0) or 0)
-
-
-class RunRecord(Callback):
-    """Writes down what the run is: `manifest.json` and `config.yaml`."""
-
-    def __init__(self, cli: TrainerCLI) -> None:
-        self.cli = cli
-        self.about: dict[str, Any] = {}
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The run has begun: from here on the directory is taken."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        self.cli.began = True
-        locked = self.cli.model.locked
-        self.about = {
-            "date": data.run_date,
-            "fingerprints": data.fingerprints(),
-            "lock": locked.as_dict() if locked is not None else None,
-        }
-        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        attempt = {**environment(), "from_step": trainer.global_step}
-        attempts = [*self.cli.run_directory.manifest().get("attempts", []), attempt]
-        described = {"description": self.cli.config["fit"]["description"]}
-        self.cli.run_directory.write_manifest({**described, **self.about, "attempts": attempts})
-        self.cli.run_directory.save_config(self.cli.resolved_config())
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Every checkpoint knows what it was trained on, wherever it is resumed."""
-        checkpoint["run"] = self.about

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_trainer.callbacks import Interrupted, RunCheckpoint, StatusFile, TrainLog
+from lightning_trainer.callbacks import MEASURED, RunCheckpoint, StatusFile, TrainLog, callbacks_of
 from lightning_trainer.engine.job.lowering import lower, remarks
 from lightning_trainer.engine.job.trainer_config import TrainerConfig
 from lightning_trainer.engine.run import quiet_stack
-from lightning_trainer.engine.trainer_cli import TrainerCLI, rank
+from lightning_trainer.engine.run_directory import rank
+from lightning_trainer.engine.trainer_cli import TrainerCLI
+from lightning_trainer.signals import Interrupted, interruptible
 from lightning_trainer.status import Ending, TrainingStatusWriter
 
 
@@ -90,8 +92,9 @@ class _Job:
 
     def run(self, config: TrainerConfig | Mapping[str, Any]) -> TrainingResult:
         try:
-            self._run(config)
-        except (KeyboardInterrupt, Interrupted):
+            with interruptible(), quiet_stack():
+                self._run(config)
+        except Interrupted:
             self._tell("paused")
             raise
         except Exception as error:  # the boundary: a caller that runs many jobs is told, and goes on
@@ -104,26 +107,23 @@ class _Job:
             self.status_writer.finish(status, **fields)
 
     def _run(self, config: TrainerConfig | Mapping[str, Any]) -> None:
-        if self.status_writer is not None:
-            self.status_writer.update(status="training", current_step=0)
+        if self.status_writer is not None:  # nothing of a job before it stays
+            self.status_writer.update(**dict.fromkeys(MEASURED), status="training", total_steps=None)
         self.config = config if isinstance(config, TrainerConfig) else TrainerConfig.from_dict(config)
-        with quiet_stack():
-            self.cli = TrainerCLI({"subcommand": "fit", "fit": lower(self.config)})
-            for line in remarks(self.config):
-                rank_zero_info(line)
-            self._attach_status(self.cli)
-            self.cli.run()
+        self.cli = TrainerCLI({"subcommand": "fit", "fit": lower(self.config)})
+        for line in remarks(self.config):
+            rank_zero_info(line)
+        self._attach_status(self.cli)
+        self.cli.run()
 
     def _attach_status(self, cli: TrainerCLI) -> None:
-        callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
-        for callback in callbacks:
-            if isinstance(callback, StatusFile) and self.status_writer is not None:
-                callback.writers.append(self.status_writer)
+        for callback in callbacks_of(cli.trainer, StatusFile):
+            callback.writers += [] if self.status_writer is None else [self.status_writer]
 
     def _result(self, error: Exception | None) -> TrainingResult:
         trainer: Any = self.cli.trainer if self.cli is not None else None
-        logged = self._callback(TrainLog).last if trainer is not None else {}
-        saved = self._callback(RunCheckpoint).last_path if trainer is not None else None
+        logged = callbacks_of(trainer, TrainLog)[0].last if trainer is not None else {}
+        saved = callbacks_of(trainer, RunCheckpoint)[0].last_path if trainer is not None else None
         return TrainingResult(
             success=error is None,
             global_step=trainer.global_step if trainer is not None else 0,
@@ -134,11 +134,6 @@ class _Job:
             error_message=None if error is None else str(error),
             error_type=None if error is None else type(error).__name__,
         )
-
-    def _callback(self, kind: type) -> Any:
-        assert self.cli is not None
-        callbacks: list[Any] = self.cli.trainer.callbacks  # type: ignore[attr-defined]
-        return next(callback for callback in callbacks if isinstance(callback, kind))
 
     def _summary(self, logged: dict[str, float]) -> dict[str, Any]:
         if self.config is None:

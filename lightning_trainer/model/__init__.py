@@ -1,8 +1,7 @@
 """From a batch to an update."""
 
 from lightning_trainer.model.causal_lm import CausalLMModule
-from lightning_trainer.model.lock import Lock
 from lightning_trainer.model.optim import CompensatedAdamW
 from lightning_trainer.model.schedule import WarmupConstant, WarmupCosine, WarmupStableDecay
 
-__all__ = ["CausalLMModule", "CompensatedAdamW", "Lock", "WarmupConstant", "WarmupCosine", "WarmupStableDecay"]
+__all__ = ["CausalLMModule", "CompensatedAdamW", "WarmupConstant", "WarmupCosine", "WarmupStableDecay"]

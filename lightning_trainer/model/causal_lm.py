@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_trainer import pretrained as hub
+from lightning_trainer.lock import Lock, check_model, facts_of_model
 from lightning_trainer.model import attention, loss, probe
-from lightning_trainer.model.lock import Lock, check_model, facts_of_model
 from lightning_trainer.model.optim import CompensatedAdamW
 from lightning_trainer.model.schedule import StepSchedule, WarmupCosine
 from lightning_trainer.precision import SingleDtypePrecision

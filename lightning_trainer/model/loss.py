@@ -42,13 +42,10 @@ def why_not_chunked(model: PreTrainedModel) -> str | None:
     Besides the names we know, the model itself is asked: its logits for a few tokens must be its output layer applied
     to its hidden states.
     """
+    said = changed_logits(model)
+    if said is not None:
+        return said
     head: Any = model.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear):
-        return f"its output layer is {type(head).__name__}, not Linear"
-    config = model.config.get_text_config()
-    for name in TRANSFORMS:
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            return f"it changes its logits ({name}={getattr(config, name)})"
     inputs = packed_inputs(model, [torch.arange(8) * 7 % embedding_rows(model)])
     with evaluating(model), torch.no_grad():
         hidden = getattr(model.base_model(**inputs), "last_hidden_state", None)
@@ -58,6 +55,16 @@ def why_not_chunked(model: PreTrainedModel) -> str | None:
     if logits.shape != made.shape or not (logits - made).abs().max() <= 1e-3 * logits.abs().max():
         return "its logits are not its output layer applied to its hidden states"
     return None
+
+
+def changed_logits(model: PreTrainedModel) -> str | None:
+    """What its class and configuration alone say against `chunked`, or None; no weight is looked at."""
+    head: Any = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear):
+        return f"its output layer is {type(head).__name__}, not Linear"
+    config = model.config.get_text_config()
+    changed = [name for name in TRANSFORMS if getattr(config, name, None) not in (None, 1, 1.0)]
+    return f"it changes its logits ({changed[0]}={getattr(config, changed[0])})" if changed else None
 
 
 def nats_from_logits(logits: Tensor, targets: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ second example alone.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +31,43 @@ ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 WAY_OUT = "add `data.packing: false` (rows are padded instead), or another model.attn_implementation"
 
 
+@dataclass(frozen=True)
+class Separation:
+    """How well an example is kept apart from the one beside it, relative to the size of its logits.
+
+    Attributes:
+        leak: How far its logits move when the other example is changed.
+        off: How far they are from those of the example alone.
+    """
+
+    leak: float
+    off: float
+
+    def holds(self, dtype: torch.dtype) -> bool:
+        """Whether what is left is rounding; NaN is not."""
+        return self.leak <= LEAK[dtype] and self.off <= ROUNDING[dtype]
+
+    def __str__(self) -> str:
+        return (
+            f"logits move by {self.leak:.2g} of their size with the example beside them, and are {self.off:.2g} off "
+            "those of the example alone"
+        )
+
+
+def separation(together: Tensor, beside_other: Tensor, alone: Tensor) -> Separation:
+    """Compare three computations of the same example's logits.
+
+    Raises:
+        InputError: They are not finite, even alone.
+    """
+    if not bool(torch.isfinite(alone).all()):
+        raise InputError("the model gives logits that are not finite: its weights are damaged", key="model.pretrained")
+    size = alone.abs().max().clamp(min=1e-6)
+    return Separation(
+        leak=float((together - beside_other).abs().max() / size), off=float((together - alone).abs().max() / size)
+    )
+
+
 def refuse_leaks(model: PreTrainedModel) -> None:
     """Raise unless packed examples are kept apart.
 
@@ -38,26 +75,17 @@ def refuse_leaks(model: PreTrainedModel) -> None:
         InputError: The second example's logits depend on the first, or the model cannot take packed rows at all.
     """
     try:
-        leak, off = packing_leak(model)
+        found = packing_leak(model)
+    except InputError:
+        raise
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         raise InputError(f"{_name(model)} cannot take packed rows: {error}; {WAY_OUT}", key="data.packing") from error
-    if not math.isfinite(off):
-        raise InputError(
-            f"{_name(model)} gives logits that are not finite: its weights are damaged", key="model.pretrained"
-        )
-    if not (leak <= LEAK[model.dtype] and off <= ROUNDING[model.dtype]):
-        raise InputError(
-            f"{_name(model)} lets packed examples see each other (logits move by {leak:.2g} of their size with the "
-            f"neighbour, and are {off:.2g} off those of the example alone); {WAY_OUT}",
-            key="data.packing",
-        )
+    if not found.holds(model.dtype):
+        raise InputError(f"{_name(model)} lets packed examples see each other: {found}; {WAY_OUT}", key="data.packing")
 
 
-def packing_leak(model: PreTrainedModel) -> tuple[float, float]:
-    """How far a packed example's logits move with its neighbour, and are from those of the example alone.
-
-    Both relative to the size of the logits.
-    """
+def packing_leak(model: PreTrainedModel) -> Separation:
+    """How well this model keeps packed examples apart."""
     with evaluating(model), torch.no_grad():
         return _measure(model)
 
@@ -74,15 +102,11 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
             module.training = training
 
 
-def _measure(model: PreTrainedModel) -> tuple[float, float]:
+def _measure(model: PreTrainedModel) -> Separation:
     vocabulary = embedding_rows(model)
     first, other, second = (torch.arange(n) * 7 % vocabulary for n in (LENGTHS[0], LENGTHS[0] + 1, LENGTHS[1]))
     other = (other[1:] + 1) % vocabulary
-    beside = _logits(model, [first, second])
-    beside_other = _logits(model, [other, second])
-    alone = _logits(model, [second])
-    size = alone.abs().max().clamp(min=1e-6)
-    return float((beside - beside_other).abs().max() / size), float((beside - alone).abs().max() / size)
+    return separation(*(_logits(model, examples) for examples in ([first, second], [other, second], [second])))
 
 
 def packed_inputs(model: PreTrainedModel, examples: list[Tensor]) -> dict[str, Any]:

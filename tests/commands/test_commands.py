@@ -66,7 +66,7 @@ def test_the_exit_status_of_check(run_yaml: Callable[..., Path], capsys: Capture
 
 def test_check_says_that_the_directory_is_taken(run_yaml: Callable[..., Path], tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    assert main(["check", "--strict", "--config", str(run_yaml())]) == 1
+    assert main(["check", "--config", str(run_yaml())]) == 2
     assert "already holds a run" in " ".join(capsys.readouterr().out.split())
     assert main(["check", "--strict", "--config", str(run_yaml()), "--overwrite", "true"]) == 0
     assert (tmp_path / "run").exists()
@@ -84,7 +84,7 @@ def test_inspect_shows_rows_and_writes_a_page(run_yaml: Callable[..., Path], tmp
     assert main(["inspect", "--config", str(path), "--html", str(tmp_path / "page.html")]) == 0
     assert (tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     assert main(["inspect", "--config", str(path), "--rows", "0"]) == 2
-    assert "rows: must be at least 1, not 0" in capsys.readouterr().err
+    assert "--rows must be at least 1, not 0" in capsys.readouterr().err
     assert main(["inspect", "--config", str(path), "--html", str(tmp_path / "no" / "page.html")]) == 2
     assert not (tmp_path / "run").exists()
 

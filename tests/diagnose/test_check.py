@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from lightning_trainer.callbacks import PreviewCallback, RunCheckpoint
+from lightning_trainer.callbacks import PreviewCallback, RunCheckpoint, StepValidation
 from lightning_trainer.data import ChatDataModule
 from lightning_trainer.diagnose import check_data
 from lightning_trainer.diagnose.check import Report, examine
@@ -91,13 +91,16 @@ def _keys(report: Report, severity: str) -> set[str]:
         ({"max_epochs": 4, "check_val_every_n_epoch": 3, "max_steps": 20}, {"shuffle": False}),
         ({"max_epochs": 2, "limit_train_batches": 5, "accumulate_grad_batches": 2}, {"packing": False}),
         ({"limit_train_batches": 0.5, "accumulate_grad_batches": 2}, {"packing": False}),
+        ({"max_epochs": 3, "accumulate_grad_batches": 4, "val_check_interval": 1}, {"packing": False}),
+        ({"max_epochs": 3, "accumulate_grad_batches": 3, "every_n_steps": 4}, {"packing": False}),
         ({"limit_val_batches": 0}, {}),
         ({}, {"val_fraction": 0.0}),
     ],
 )
 def test_the_run_is_what_lightning_makes_of_it(parts: Any, trainer: dict[str, Any], data: dict[str, Any]) -> None:
-    count = Counter()
-    module, datamodule, made = parts(data=data, **trainer, callbacks=[count])
+    trainer, count = dict(trainer), Counter()
+    every = trainer.pop("every_n_steps", None)
+    module, datamodule, made = parts(data=data, **trainer, callbacks=[count, StepValidation(every)])
     report = examine(module, datamodule, made)
     run = report.facts.run
     assert run.exact
@@ -241,7 +244,6 @@ BF16, FP16, PLAIN = {"model.precision": "bf16-true"}, {"model.precision": "16-tr
         ({"run.steps": None, "run.schedule_steps": None}, "error", "trainer.max_steps", "no end"),
         ({"run.packing": False, "run.fill": 0.3}, "warning", "data.packing", "70%"),
         ({"settings.max_length": 4096}, "warning", "data.max_length", "2048 positions"),
-        ({"model.misfit": "too many tokens"}, "error", "model.tokenizer", "too many tokens"),
         ({"model.embedding_rows": 151_936}, "warning", "model.tokenizer", "151,936 rows"),
         ({"model.has_weights": False}, "error", "model.pretrained", "no weights"),
         ({"memory.total": 30 * 2**30, "memory.card": 24 * 2**30}, "warning", "model.gradient_checkpointing", "30.0"),
@@ -281,12 +283,11 @@ def test_a_long_checkpoint_interval_is_no_finding(parts: Any, chat_rows: Any) ->
     assert (report.findings, report.facts.run.checkpoints) == ((), 1)
 
 
-def test_errors_of_real_configurations(parts: Any, make_tokenizer: Any, tmp_path: Path, tiny_config: Any) -> None:
-    tiny_config(vocab_size=64).save_pretrained(tmp_path / "small")
-    make_tokenizer().save_pretrained(tmp_path / "small")
-    small = {"pretrained": str(tmp_path / "small"), "from_scratch": True}
-    assert "model.tokenizer" in _keys(examine(*parts(model=small)), "error")
-    assert "model.pretrained" in _keys(examine(*parts(model={**small, "from_scratch": False})), "error")
+def test_errors_of_real_configurations(parts: Any, tokenizer: Any, tmp_path: Path, tiny_config: Any) -> None:
+    tiny_config().save_pretrained(tmp_path / "empty")
+    tokenizer.save_pretrained(tmp_path / "empty")
+    empty = {"pretrained": str(tmp_path / "empty")}
+    assert "model.pretrained" in _keys(examine(*parts(model=empty)), "error")
     assert "data.on_long_row" in _keys(examine(*parts(data={"max_length": 60, "on_long_row": "raise"})), "error")
     assert "trainer.val_check_interval" in _keys(examine(*parts(val_check_interval=999)), "error")
     assert "trainer.max_steps" in _keys(examine(*parts(max_epochs=-1)), "error")

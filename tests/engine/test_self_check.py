@@ -53,13 +53,8 @@ def test_an_attention_mask_of_ones_over_packed_examples(
     assert "Attention mask, position ids and model.attn_implementation (sdpa)" in told
 
 
-def test_padding_that_is_attended_to(job: Job, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    def left(batch: Any) -> Any:
-        """Positions that count on from the row above."""
-        shift = torch.arange(len(batch.position_ids))[:, None] * 7
-        return replace(batch, position_ids=batch.position_ids + shift, input_ids=batch.input_ids.roll(1, dims=0))
-
-    _patch_batches(monkeypatch, left)
+def test_rows_that_are_swapped(job: Job, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    _patch_batches(monkeypatch, lambda batch: replace(batch, input_ids=batch.input_ids.roll(1, dims=0)))
     assert main(["fit", "--config", str(job(data={"packing": False}))]) == 2
     assert "examples of a padded batch do not stay apart" in capsys.readouterr().err
 
@@ -92,12 +87,13 @@ def test_a_tokenizer_of_another_model(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_check_changes_training_by_no_bit(job: Job, tmp_path: Path, weights: Any, capfd: Any) -> None:
+def test_the_check_changes_training_by_no_bit(job: Job, tmp_path: Path, weights: Any) -> None:
     path = job(trainer={"max_steps": 3})
     for name in ("true", "false"):
         words = ["--self_check", name, "--trainer.default_root_dir", str(tmp_path / name)]
         assert main(["fit", "--config", str(path), *words]) == 0
     with_check, without = (weights(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("true", "false"))
+    assert with_check.keys() == without.keys()
     assert all(torch.equal(with_check[name], without[name]) for name in with_check)
 
 

@@ -16,6 +16,7 @@ import torch
 
 from lightning_trainer import (
     CausalLMModule,
+    ChatDataModule,
     TrainerConfig,
     TrainerEngine,
     TrainingResult,
@@ -124,7 +125,7 @@ def test_no_validation_split(small: Make) -> None:
 
 
 def test_the_writer_is_told_from_start_to_end(small: Make, tmp_path: Path) -> None:
-    seen: list[tuple[str, int]] = []
+    seen: list[tuple[str, int | None]] = []
 
     class Spy(TrainingStatusWriter):
         def update(self, **fields: Any) -> None:
@@ -132,7 +133,7 @@ def test_the_writer_is_told_from_start_to_end(small: Make, tmp_path: Path) -> No
             seen.append((fields.get("status", ""), fields.get("current_step", -1)))
 
     result = TrainerEngine(Spy(tmp_path / "mine.json")).run_job(small())
-    assert seen[0] == ("training", 0)
+    assert seen[0] == ("training", None)
     assert {step for _, step in seen} >= {0, 1, 3}
     mine, own = (TrainingStatusReader(path).read() for path in (tmp_path / "mine.json", tmp_path / "run/status.json"))
     assert mine["status"] == own["status"] == "completed"
@@ -182,6 +183,40 @@ def test_a_keyboard_interrupt_passes_and_leaves_a_checkpoint(
         TrainerEngine(writer).run_job(small())
     assert (tmp_path / "run" / "checkpoints" / "step=000002.ckpt").is_dir()
     assert TrainingStatusReader(tmp_path / "status.json").read()["status"] == "paused"
+
+
+@pytest.mark.parametrize(
+    ("signum", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)], ids=["INT", "TERM"]
+)
+def test_a_signal_before_the_first_step(
+    small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int, raised: type[BaseException]
+) -> None:
+    handlers = {known: signal.getsignal(known) for known in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(ChatDataModule, "prepare_data", lambda self: os.kill(os.getpid(), signum))
+    with pytest.raises(raised):
+        TrainerEngine(TrainingStatusWriter(tmp_path / "status.json")).run_job(small())
+    assert {known: signal.getsignal(known) for known in handlers} == handlers
+    assert TrainingStatusReader(tmp_path / "status.json").read()["status"] == "paused"
+
+
+def test_eval_steps_are_optimizer_steps_over_all_epochs(small: Make, tmp_path: Path, scalars: Any) -> None:
+    """An epoch's last window is short, so that micro-batches would count otherwise."""
+    config = small(rows=20, max_steps=9, gradient_accumulation=3, batch_size=1, max_length=1024)
+    config.data.enable_packing = False
+    config.hyperparams.eval_strategy, config.hyperparams.eval_steps = "steps", 4
+    assert TrainerEngine().run_job(config).global_step == 9
+    assert [step for step, _ in scalars(tmp_path / "run")["val/loss"]] == [4, 8]
+
+
+def test_a_second_job_inherits_no_figures_of_the_first(small: Make, tmp_path: Path) -> None:
+    engine = TrainerEngine(TrainingStatusWriter(tmp_path / "status.json"))
+    assert engine.run_job(small()).success
+    wrong = small("other")
+    wrong.model.model_path = str(tmp_path / "nowhere")
+    assert not engine.run_job(wrong).success
+    state = TrainingStatusReader(tmp_path / "status.json").read()
+    assert state["status"] == "crashed"
+    assert {state[name] for name in ("current_step", "total_steps", "loss", "total_evals")} == {None}
 
 
 def test_it_runs_beside_the_main_thread(small: Make) -> None:

@@ -33,7 +33,10 @@ FLAGS: dict[str, tuple[str, Any, str]] = {
 
 DEFAULT_OUTPUT = "outputs/run"
 
-PRECISIONS = {"fp16": "fp16", "bf16": "bf16"}
+NO_LIMIT = 2**31
+"""Context of an architecture that has no limit; a lock needs a number."""
+
+PRECISIONS = ("fp16", "bf16")
 
 
 class ConfigLoader:
@@ -47,8 +50,8 @@ class ConfigLoader:
         for flag, (_, kind, text) in FLAGS.items():
             parser.add_argument(f"--{flag.replace('_', '-')}", type=kind, help=text)
         precision = parser.add_mutually_exclusive_group()
-        for flag in PRECISIONS:
-            precision.add_argument(f"--{flag}", action="store_true", help=f"train in {flag}")
+        for name in PRECISIONS:
+            precision.add_argument(f"--{name}", action="store_true", help=f"train in {name}")
         return parser
 
     @classmethod
@@ -72,10 +75,7 @@ class ConfigLoader:
         values = read_job(path) if path is not None else {}
         for dotted, value in _overrides(given):
             section, _, field = dotted.partition(".")
-            holder = values.setdefault(section, {})
-            if not isinstance(holder, dict):
-                raise InputError(f"{section}: expected an object of fields, not {holder!r}", key=section)
-            holder[field] = value
+            values.setdefault(section, {})[field] = value
         _refuse_missing(values)
         values.setdefault("output", {}).setdefault("output_dir", DEFAULT_OUTPUT)
         said = values.get("locked", {})
@@ -94,7 +94,7 @@ class ConfigLoader:
         Raises:
             InputError: They differ; each field is named with both values.
         """
-        from lightning_trainer.model import lock
+        from lightning_trainer import lock
         from lightning_trainer.pretrained import load_config
 
         mine = lock.Lock(**config.locked.model_dump())
@@ -116,7 +116,7 @@ def _overrides(given: dict[str, Any]) -> list[tuple[str, Any]]:
     found = [(field, given[flag]) for flag, (field, _, _) in FLAGS.items() if given.get(flag) is not None]
     if given.get("eval_steps") is not None:
         found.append(("hyperparams.eval_strategy", "steps"))
-    asked = [name for flag, name in PRECISIONS.items() if given.get(flag)]
+    asked = [name for name in PRECISIONS if given.get(name)]
     if len(asked) > 1:
         raise InputError("--fp16 and --bf16 cannot both be given", key="hyperparams.fp_precision")
     return found + [("hyperparams.fp_precision", name) for name in asked]
@@ -135,13 +135,13 @@ def _refuse_missing(values: dict[str, Any]) -> None:
 
 def _lock_of(model_path: str) -> dict[str, Any]:
     """A lock that says what the model is."""
-    from lightning_trainer.model.lock import facts_of_config
+    from lightning_trainer.lock import facts_of_config
     from lightning_trainer.pretrained import load_config
 
     facts = facts_of_config(load_config(model_path))
     return {
         "base_model": str(model_path),
         "model_architecture": facts.model_architecture or facts.model_type,
-        "max_context_length": facts.max_context_length or 2**31,
+        "max_context_length": facts.max_context_length or NO_LIMIT,
         "vocab_size": facts.vocab_size,
     }

@@ -13,8 +13,8 @@ from lightning_trainer.types import InputError
 WAYS_OUT = {
     "environment.optimizer_type": {
         "paged_adamw_8bit": "; take adamw_8bit",
-        "paged_adamw_32bit": "; take adamw, or adamw_8bit",
-        "paged_adamw": "; take adamw, or adamw_8bit",
+        "paged_adamw_32bit": "; take adamw_8bit, or adamw",
+        "paged_adamw": "; take adamw_8bit, or adamw",
     },
 }
 """What to take instead of values of earlier versions."""
@@ -23,11 +23,10 @@ WAYS_OUT = {
 def in_words(error: ValidationError, model: type[BaseModel]) -> InputError:
     """One line per fault, with the dotted key, what was expected, what was found and the nearest valid name."""
     faults = [_fault(model, fault) for fault in error.errors()]
-    key = faults[0][0]
-    return InputError("\n".join(f"{dotted}: {text}" for dotted, text in faults), key=key)
+    return InputError("\n".join(text for _, text in faults), key=faults[0][0])
 
 
-def unknown_name(model: type[BaseModel], name: str, problem: str = "") -> InputError:
+def unknown_name(model: type[BaseModel], name: str) -> InputError:
     """A name that is no field of the section, or one that cannot be assigned."""
     dotted = _dotted(model, [name])
     if name in model.model_computed_fields:
@@ -36,17 +35,25 @@ def unknown_name(model: type[BaseModel], name: str, problem: str = "") -> InputE
 
 
 def _fault(model: type[BaseModel], fault: Any) -> tuple[str, str]:
+    """Dotted key, and the line that names it."""
     place = [str(part) for part in fault["loc"]]
     dotted = _dotted(model, place)
+    inner = (fault.get("ctx") or {}).get("error")
+    if isinstance(inner, InputError) and inner.key is not None:  # a section's own, with its keys
+        return inner.key, str(inner)
+    return dotted, f"{dotted}: {_problem(model, place, fault)}"
+
+
+def _problem(model: type[BaseModel], place: list[str], fault: Any) -> str:
     if fault["type"] in ("extra_forbidden", "no_such_attribute"):
-        return dotted, f"no such field{_near(_section(model, place[:-1]), place[-1])}"
+        return f"no such field{_near(_section(model, place[:-1]), place[-1])}"
     if fault["type"] == "missing":
-        return dotted, "is required and missing"
+        return "is required and missing"
     if fault["type"] == "value_error":
-        return dotted, str(fault["ctx"]["error"])
+        return str(fault["ctx"]["error"])
     if fault["type"] in ("string_too_short", "too_short"):
-        return dotted, "must not be empty"
-    return dotted, f"{_expected(fault)}, not {fault['input']!r}{_way_out(dotted, fault)}"
+        return "must not be empty"
+    return f"{_expected(fault)}, not {fault['input']!r}{_way_out(_dotted(model, place), fault)}"
 
 
 def _dotted(model: type[BaseModel], place: Iterable[str]) -> str:
@@ -80,15 +87,14 @@ def _section(model: type[BaseModel], place: Iterable[str]) -> type[BaseModel]:
 
 
 def _near(model: type[BaseModel], name: str) -> str:
-    near = nearest(name, model.model_fields)
-    if near:
-        return did_you_mean(_dotted(model, [found]) for found in near)
-    elsewhere = _elsewhere(model, name)
-    return did_you_mean(elsewhere) or f"; valid here: {', '.join(model.model_fields)}"
+    near = [_dotted(model, [found]) for found in nearest(name, model.model_fields)]
+    return did_you_mean(near or _elsewhere(model, name)) or f"; valid here: {', '.join(model.model_fields)}"
 
 
 def _elsewhere(model: type[BaseModel], name: str) -> list[str]:
-    """Sections in which a field of just this name stands."""
+    """The field most like this name in another section."""
     base: Any = model.__base__
-    siblings: list[type[BaseModel]] = base.__subclasses__()
-    return [_dotted(cls, [name]) for cls in siblings if name in cls.model_fields]
+    homes: dict[str, str] = {
+        field: _dotted(cls, [field]) for cls in base.__subclasses__() for field in cls.model_fields
+    }
+    return [homes[found] for found in nearest(name, homes)]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_trainer.engine.job.sections import Hyperparams, Locked
+from lightning_trainer.engine.job.sections import Locked
 from lightning_trainer.engine.job.trainer_config import TrainerConfig
-from lightning_trainer.profiles import Regime3, profile_class
+from lightning_trainer.profiles import EmojiThink, profile_class
 from lightning_trainer.types import InputError
 
 NOT_YET: tuple[str, ...] = (
@@ -52,6 +52,9 @@ def lower(config: TrainerConfig) -> dict[str, Any]:
         "checkpoint": {
             "every_n_train_steps": config.hyperparams.save_steps,
             "keep_last": config.hyperparams.save_total_limit,
+        },
+        "validation": {
+            "every_n_steps": None if config.hyperparams.eval_strategy == "epoch" else config.hyperparams.eval_steps
         },
         "prediction": {"max_new_tokens": config.hyperparams.max_new_tokens},
         "overwrite": config.output.overwrite_output_dir,
@@ -112,9 +115,10 @@ def _profile(config: TrainerConfig) -> dict[str, Any]:
 
 
 def _system_prompt(config: TrainerConfig) -> str | None:
-    """The job's; else None, by which a profile with a purpose of its own takes its own; else the base."""
+    """The job's; else None, by which a profile takes its own; else the base, which is emoji_think's too."""
     name, given = config.profile.name, config.profile.system_prompt_template
-    has_own = "." in name or name in (Regime3.name, Regime3.__name__)
+    general = (None, EmojiThink.system_prompt_template)
+    has_own = "." in name or profile_class(name).system_prompt_template not in general
     return given if given is not None or has_own else config.monitoring.system_prompt_base
 
 
@@ -128,20 +132,11 @@ def _trainer(config: TrainerConfig) -> dict[str, Any]:
         "accumulate_grad_batches": config.hyperparams.gradient_accumulation,
         "gradient_clip_val": config.environment.max_grad_norm or None,
         "log_every_n_steps": config.environment.logging_steps,
-        **_validation(config.hyperparams),
+        "limit_val_batches": 0 if config.hyperparams.eval_strategy == "no" else 1.0,
+        "val_check_interval": 1.0,  # of an epoch, where validation.every_n_steps is null
+        "check_val_every_n_epoch": 1,
         "logger": _logger(config),
         "callbacks": _callbacks(config),
-    }
-
-
-def _validation(hyperparams: Hyperparams) -> dict[str, Any]:
-    if hyperparams.eval_strategy == "epoch":
-        return {"limit_val_batches": 1.0, "val_check_interval": 1.0, "check_val_every_n_epoch": 1}
-    return {
-        "limit_val_batches": 1.0 if hyperparams.eval_strategy == "steps" else 0,
-        # Lightning counts micro-batches; null: over all epochs.
-        "val_check_interval": hyperparams.eval_steps * hyperparams.gradient_accumulation,
-        "check_val_every_n_epoch": None,
     }
 
 

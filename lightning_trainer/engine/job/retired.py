@@ -45,9 +45,11 @@ RETIRED: dict[str, Retired] = {
     ),
     "environment.world_size": Retired("ranks are the launcher's: trainer.devices in YAML (convert), or torchrun", (1,)),
     "environment.deepspeed_config": Retired("set trainer.strategy in YAML (convert)"),
-    "training_mode": Retired("adapters are model.lora in YAML; only full fine-tuning is built so far", ("full",)),
-    "lora": Retired("adapters are model.lora in YAML; only full fine-tuning is built so far"),
-    "galore": Retired("GaLore is not offered; CompensatedAdamW keeps 10 bytes a weight under bf16"),
+    "training_mode": Retired(
+        "adapters are for model.lora, which is not there yet: remove it, or set it to full", ("full",)
+    ),
+    "lora": Retired("adapters are for model.lora, which is not there yet: remove it for full fine-tuning"),
+    "galore": Retired("remove it: CompensatedAdamW takes 10 bytes a weight under bf16, gradient included"),
     "fortune_teller": Retired("it is gone: remove it"),
 }
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, computed_field, field_validator
 
 from lightning_trainer.engine.job.faults import in_words, unknown_name
-from lightning_trainer.profiles import profile_class
+from lightning_trainer.profiles import EmojiThink, profile_class
 
 Count = Annotated[int, Field(ge=1)]
 PathText = Annotated[str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)]
@@ -23,11 +23,17 @@ class Section(BaseModel):
     """Base of all sections: strict types, no unknown names.
 
     Raises:
-        InputError: At assignment, of a value of another type, out of range or unknown.
+        InputError: A value of another type, out of range or unknown, when made and at assignment.
     """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, strict=True, validate_default=True)
     key: ClassVar[str] = ""
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise in_words(error, type(self)) from error
 
     def __setattr__(self, name: str, value: Any) -> None:
         try:
@@ -35,7 +41,7 @@ class Section(BaseModel):
         except ValidationError as error:
             raise in_words(error, type(self)) from error
         except AttributeError as error:  # a derived one
-            raise unknown_name(type(self), name, str(error)) from error
+            raise unknown_name(type(self), name) from error
 
 
 class Hyperparams(Section):
@@ -123,7 +129,7 @@ class Monitoring(Section):
     num_micro_eval_samples: Count = 20
     validation_split: float = Field(default=0.05, ge=0, le=0.9)
     validation_max_samples: int = Field(default=500, ge=0)
-    system_prompt_base: str = "Today is {date}. You are happy. You enjoy helping others."
+    system_prompt_base: str = EmojiThink.system_prompt_template or ""
     enable_pattern_tracking: bool = True
     enable_layer_monitor: bool = False
     enable_evolution_tracker: bool = True

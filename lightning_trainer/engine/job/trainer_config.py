@@ -11,6 +11,7 @@ from pydantic import Field, PrivateAttr, ValidationError
 
 from lightning_trainer.engine.job import retired
 from lightning_trainer.engine.job.faults import in_words
+from lightning_trainer.engine.job.flat import nested
 from lightning_trainer.engine.job.sections import (
     Data,
     Environment,
@@ -56,10 +57,13 @@ class TrainerConfig(Section):
     def from_dict(cls, values: Mapping[str, Any]) -> TrainerConfig:
         """The config that `values` describe, which stay as they are. Sections and fields left out have their defaults.
 
+        Args:
+            values: In sections, or in the flat form of the earliest versions.
+
         Raises:
             InputError: Something is unknown, missing or of the wrong type or range; every fault is named.
         """
-        given = copy.deepcopy(dict(values))
+        given = nested(copy.deepcopy(dict(values)))
         found = retired.take_out(given)
         derived = _take_derived(given)
         try:

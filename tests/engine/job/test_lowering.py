@@ -90,12 +90,16 @@ def test_values_worked_out_by_hand(config: TrainerConfig) -> None:
     config.hyperparams.eval_strategy, config.hyperparams.eval_steps = "steps", 10
     config.hyperparams.gradient_accumulation, config.hyperparams.max_steps = 4, 50
     config.environment.max_grad_norm = 0
+    assert lower(config)["validation"] == {"every_n_steps": 10}
     trainer = lower(config)["trainer"]
-    assert trainer["val_check_interval"] == 40  # micro-batches of ten optimizer steps
-    assert trainer["check_val_every_n_epoch"] is None
+    assert (trainer["limit_val_batches"], trainer["val_check_interval"]) == (1.0, 1.0)
     assert (trainer["max_steps"], trainer["max_epochs"]) == (50, -1)
     assert trainer["gradient_clip_val"] is None
     assert trainer["precision"] == "bf16-true"
+    config.hyperparams.eval_strategy = "epoch"
+    assert lower(config)["validation"] == {"every_n_steps": None}
+    config.hyperparams.eval_strategy = "no"
+    assert lower(config)["trainer"]["limit_val_batches"] == 0
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lightning_trainer.model.lock import (
+from lightning_trainer.lock import (
     Lock,
     check_length,
     check_model,

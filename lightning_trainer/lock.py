@@ -41,7 +41,7 @@ class Lock:
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class ModelIdentity:
     """What a lock says of a model, as the model itself has it.
 
     Attributes:
@@ -56,10 +56,10 @@ class ModelFacts:
     vocab_size: int
 
 
-def facts_of_config(config: PretrainedConfig) -> ModelFacts:
+def facts_of_config(config: PretrainedConfig) -> ModelIdentity:
     """What a model's configuration says: before any weight is loaded."""
     text: Any = config.get_text_config()
-    return ModelFacts(
+    return ModelIdentity(
         model_architecture=next(iter(config.architectures or ()), None),
         model_type=config.model_type,
         max_context_length=getattr(text, "max_position_embeddings", None),
@@ -67,13 +67,13 @@ def facts_of_config(config: PretrainedConfig) -> ModelFacts:
     )
 
 
-def facts_of_model(model: PreTrainedModel) -> ModelFacts:
+def facts_of_model(model: PreTrainedModel) -> ModelIdentity:
     """What the loaded model is."""
     said = facts_of_config(model.config)
     return replace(said, model_architecture=type(model).__name__, vocab_size=embedding_rows(model))
 
 
-def check_model(lock: Lock, facts: ModelFacts) -> None:
+def check_model(lock: Lock, facts: ModelIdentity) -> None:
     """Compare a lock with the model.
 
     Raises:
