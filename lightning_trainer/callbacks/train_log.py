@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_trainer.callbacks.finite import raise_if_nonfinite
+from lightning_trainer.model.frozen import UpdateSample
 from lightning_trainer.precision import SingleDtypePrecision
 from lightning_trainer.types import Batch
 
@@ -26,6 +27,7 @@ class TrainLog(Callback):
     def __init__(self) -> None:
         self.last: dict[str, float] = {}
         self._tokens = self._trained = self._step_tokens = 0
+        self._sample: UpdateSample | None = None
         self._seconds = self._started = self._waited = self._rate = 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -40,8 +42,7 @@ class TrainLog(Callback):
             self._tokens += sum(batch.example_lengths)
             self._trained += len(batch.targets)
         stepped = not trainer.fit_loop.epoch_loop._should_accumulate()
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector of the Trainer
-        due = stepped and (trainer.global_step % every == 0 or trainer.global_step == 1)
+        due = stepped and self._is_due(trainer, trainer.global_step)
         if due:
             raise_if_nonfinite(trainer)  # waits for the device: the clock below sees finished work
         self._seconds += time.perf_counter() - self._started
@@ -54,6 +55,14 @@ class TrainLog(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Note the rate this step is made with: once it is made, the scheduler has moved on."""
         self._rate = float(optimizer.param_groups[0]["lr"])
+        plugin = trainer.precision_plugin
+        rounds = isinstance(plugin, SingleDtypePrecision) and plugin.dtype != torch.float32
+        self._sample = UpdateSample(optimizer) if rounds and self._is_due(trainer, trainer.global_step + 1) else None
+
+    @staticmethod
+    def _is_due(trainer: Trainer, step: int) -> bool:
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector of the Trainer
+        return step % every == 0 or step == 1
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The last step is logged in any case."""
@@ -81,6 +90,9 @@ class TrainLog(Callback):
             "train/trained_token_fraction": trained / max(tokens, 1),
             **_precision_metrics(trainer),
         }
+        if self._sample is not None:
+            metrics["precision/frozen_update_fraction"] = self._sample.frozen_fraction()
+            self._sample = None
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
         self._tokens = self._trained = 0

@@ -98,9 +98,18 @@ class CompensatedAdamW(Optimizer):
                 piece.state["exp_avg"].copy_(moments[0])
                 piece.state["exp_avg_sq"].copy_(moments[1])
 
-    def exact_weight(self, param: Tensor) -> Tensor:
-        """The fp32 weight: of a bf16 parameter with the bits that rounding cut off; a fp32 one itself, not a copy."""
-        return _exact(param, self.state.get(param, {}))  # `self.state[param]` would make one
+    def exact_weight(self, param: Tensor, places: slice | None = None) -> Tensor:
+        """The fp32 weight, a copy: of a bf16 parameter with the bits that rounding cut off.
+
+        Args:
+            param: One of those optimized.
+            places: Only these of its flattened numbers.
+        """
+        state = self.state.get(param, {})  # `self.state[param]` would make one
+        if places is None:
+            return _exact(param, state).clone()
+        low_bits = {"low_bits": state["low_bits"].reshape(-1)[places]} if "low_bits" in state else {}
+        return _exact(param.detach().reshape(-1)[places], low_bits).clone()
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[param]
