@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from lightning_trainer import checkpoints
 from lightning_trainer.types import InputError
 
-MANIFEST, CONFIG = "manifest.json", "config.yaml"
+MANIFEST, CONFIG, LOCK = "manifest.json", "config.yaml", ".lock"
 
 _PACKAGES = ("lightning-trainer", "torch", "lightning", "transformers", "datasets", "tokenizers", "safetensors")
 
@@ -69,6 +72,24 @@ class RunDirectory:
             "aside, --trainer.default_root_dir OTHER starts elsewhere",
             key="trainer.default_root_dir",
         )
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep every other process out for as long as the block lasts; a killed process holds nothing.
+
+        Raises:
+            InputError: Another process trains here.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / LOCK).open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(
+                    f"another process is training in {str(self.path)!r}; wait for its end, or name another directory",
+                    key="trainer.default_root_dir",
+                ) from error
+            yield
 
     def move_aside(self) -> None:
         """Rename the directory; nothing is deleted."""

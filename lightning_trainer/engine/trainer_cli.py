@@ -99,9 +99,7 @@ class TrainerCLI(LightningCLI):
         Raises:
             ConfigError: Something is wrong that only model and data together show.
         """
-        with self.config_errors():
-            if self.subcommand == "fit":
-                self._take_directory()
+        with self.config_errors(), self._directory():
             super()._run_subcommand(str(self.subcommand))
 
     @contextmanager
@@ -177,11 +175,18 @@ class TrainerCLI(LightningCLI):
         if self._is_taken() and not self._value("overwrite"):
             self.run_directory.refuse()
 
-    def _take_directory(self) -> None:
-        if rank() == 0:
-            self.check_directory()
-            if self._is_taken():
+    @contextmanager
+    def _directory(self) -> Iterator[None]:
+        """The run's directory, for this process alone; an old run there is moved aside, where that is asked for."""
+        if self.subcommand != "fit" or rank() != 0 or self._value("trainer.fast_dev_run"):
+            yield
+            return
+        self.check_directory()
+        if self._is_taken():
+            with self.run_directory.held():
                 self.run_directory.move_aside()
+        with self.run_directory.held():
+            yield
 
     def _is_taken(self) -> bool:
         """Whether the directory holds a run that this one does not go on with."""

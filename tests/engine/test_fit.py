@@ -19,6 +19,7 @@ import yaml
 from lightning.pytorch import Callback
 
 from lightning_trainer.cli import main
+from lightning_trainer.engine.run_directory import RunDirectory
 from lightning_trainer.engine.trainer_cli import TrainerCLI
 
 PREVIEW = {"class_path": "PreviewCallback", "init_args": {"every_n_steps": 3, "num_prompts": 2, "max_new_tokens": 6}}
@@ -263,6 +264,17 @@ def test_a_run_directory_is_not_overwritten(job: Job, tmp_path: Path, capsys: An
     assert "--overwrite true" in message
     assert fit(config, "--overwrite", "true") == 0
     assert (tmp_path / "run.old-1" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_two_processes_do_not_train_in_one_directory(job: Job, tmp_path: Path, capsys: Any) -> None:
+    with RunDirectory(tmp_path / "run").held():
+        assert fit(job(), "--overwrite", "true") == 2
+        assert "another process is training in" in capsys.readouterr().err
+    assert fit(job(), "--trainer.max_steps", "1") == 0
+    with RunDirectory(tmp_path / "run").held():
+        assert fit(job(), "--ckpt_path", "last") == 2
+        assert fit(job(), "--overwrite", "true") == 2
+    assert fit(job(), "--overwrite", "true", "--trainer.max_steps", "1") == 0
 
 
 def test_last_without_a_checkpoint_is_an_error_and_auto_is_not(job: Job, tmp_path: Path, capsys: Any) -> None:
