@@ -107,7 +107,7 @@ class CompensatedAdamW(Optimizer):
         """
         state = self.state.get(param, {})  # `self.state[param]` would make one
         if places is None:
-            return _exact(param, state).clone()
+            return _exact(param.detach(), state).clone()
         low_bits = {"low_bits": state["low_bits"].reshape(-1)[places]} if "low_bits" in state else {}
         return _exact(param.detach().reshape(-1)[places], low_bits).clone()
 
