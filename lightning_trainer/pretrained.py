@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_trainer.types import InputError
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -39,15 +43,67 @@ def _nearest(path: Path) -> str:
     return f"; did you mean {str(path.parent / names[0])!r}?" if names else ""
 
 
+def adapter_base(pretrained: str) -> str | None:
+    """The model that the adapter in a local directory belongs to; None where there is no adapter."""
+    path = Path(pretrained).expanduser() / "adapter_config.json"
+    if not path.is_file() or path.with_name("config.json").exists():  # a whole model with an adapter beside it
+        return None
+    return str(json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path"))
+
+
+@dataclass(frozen=True)
+class QuantizationSettings:
+    """A frozen base of 4 bits a weight, under adapters (QLoRA); CUDA and bitsandbytes are needed.
+
+    Args:
+        bits: Of a weight of the linear layers, the output layer's excepted.
+        type: How 16 values are spread: nf4 as a normal distribution's, fp4 as floating point.
+        double: Quantise the scales too: 0.4 bits a weight less.
+    """
+
+    bits: Literal[4] = 4
+    type: Literal["nf4", "fp4"] = "nf4"
+    double: bool = True
+
+    def bytes_a_weight(self) -> float:
+        """With the scales: one of fp32 for 64 weights, or one of 8 bits and one of fp32 for 256 of those."""
+        return self.bits / 8 + (1 / 64 + 4 / (64 * 256) if self.double else 4 / 64)
+
+    def config(self, dtype: torch.dtype) -> Any:
+        """What transformers takes; computes in `dtype`.
+
+        Raises:
+            InputError: There is no CUDA, or no bitsandbytes.
+        """
+        import torch
+        from transformers import BitsAndBytesConfig
+        from transformers.utils.import_utils import is_bitsandbytes_available
+
+        missing = [] if torch.cuda.is_available() else ["a CUDA device (torch.cuda.is_available() is False)"]
+        missing += [] if is_bitsandbytes_available() else ["bitsandbytes (pip install bitsandbytes)"]
+        if missing:
+            raise InputError(
+                f"a {self.bits}-bit base needs {' and '.join(missing)}, missing here; without it, set "
+                "model.quantization: null (model.lora alone keeps the base in the run's dtype)",
+                key="model.quantization",
+            )
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.type,
+            bnb_4bit_use_double_quant=self.double,
+            bnb_4bit_compute_dtype=dtype,
+        )
+
+
 def load_config(pretrained: str) -> PretrainedConfig:
-    """The model's configuration, its KV cache switched off.
+    """The model's configuration, its KV cache switched off; for an adapter's directory, its base's.
 
     Raises:
         InputError: `pretrained` is not there or holds no configuration.
     """
     from transformers import AutoConfig
 
-    source = resolve_pretrained(pretrained, "model.pretrained")
+    source = resolve_pretrained(adapter_base(pretrained) or pretrained, "model.pretrained")
     config: PretrainedConfig
     try:
         config = AutoConfig.from_pretrained(source)
@@ -78,15 +134,23 @@ def load_tokenizer(name: str, key: str = "model.tokenizer") -> PreTrainedTokeniz
 
 
 def load_model(
-    pretrained: str, dtype: torch.dtype, *, from_scratch: bool = False, attn_implementation: str = "sdpa"
+    pretrained: str,
+    dtype: torch.dtype,
+    *,
+    from_scratch: bool = False,
+    attn_implementation: str = "sdpa",
+    quantization: QuantizationSettings | None = None,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """The model, built in `dtype` (never cast afterwards: that would round rotary frequencies and fp32 modules).
 
     Args:
-        pretrained: Directory or Hub id.
+        pretrained: Directory or Hub id; for an adapter's directory its base is loaded, without it.
         dtype: Of every parameter, except those the architecture declares must stay fp32.
         from_scratch: Random weights from the configuration; takes its randomness from torch's global generator.
         attn_implementation: A name of transformers' attention interface.
+        quantization: Pack the linear layers' weights, once loaded.
+        device: Where a quantised model is packed.
 
     Raises:
         InputError: There is no model at `pretrained`, or weights are missing or of other shapes.
@@ -95,7 +159,10 @@ def load_model(
 
     config = load_config(pretrained)
     if not from_scratch:
-        return _load_weights(pretrained, config, dtype, attn_implementation)
+        packed: dict[str, Any] = {}
+        if quantization is not None:
+            packed = {"quantization_config": quantization.config(dtype), "device_map": {"": device}}
+        return _load_weights(pretrained, config, dtype, attn_implementation, **packed)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attn_implementation
@@ -106,16 +173,21 @@ def load_model(
 
 
 def _load_weights(
-    pretrained: str, config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str
+    pretrained: str, config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str, **packed: Any
 ) -> PreTrainedModel:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    source = resolve_pretrained(pretrained, "model.pretrained")
+    source = resolve_pretrained(adapter_base(pretrained) or pretrained, "model.pretrained")
     try:
         with _quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source, config=config, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+                source,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                output_loading_info=True,
+                **packed,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(
@@ -168,6 +240,15 @@ def embedding_rows(model: PreTrainedModel) -> int:
     return int(weight.shape[0])
 
 
+def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
+    """(trained, all) parameters, tied ones once; a packed byte counts as the two weights that it holds."""
+    counts = [
+        (2 * p.numel() * p.element_size() if type(p).__name__ == "Params4bit" else p.numel(), p.requires_grad)
+        for p in model.parameters()
+    ]
+    return sum(count for count, is_trained in counts if is_trained), sum(count for count, _ in counts)
+
+
 def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Write what `from_pretrained` reads: config, safetensors, generation config, tokenizer.
 
@@ -180,6 +261,26 @@ def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     finally:
         model.config.use_cache = False
     tokenizer.save_pretrained(str(directory))
+
+
+def save_weights(
+    weights: dict[str, Tensor], like: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path
+) -> None:
+    """The same of a model that is not there: other weights for the architecture of `like`.
+
+    Args:
+        weights: Under the names of a `state_dict()`, all of them.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(like.config)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=like.dtype, attn_implementation="sdpa")
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.tie_weights()
+    model.generation_config = like.generation_config
+    save_pretrained(model, tokenizer, directory)
 
 
 def load_state_dict(directory: Path, model: PreTrainedModel) -> dict[str, Any]:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1] / "lightning_trainer"
 
 LEVELS = [
     {"types"},
-    {"template", "pretrained", "logits_rules", "profiles", "precision", "checkpoints", "status", "signals"},
+    {"template", "pretrained", "adapters", "logits_rules", "profiles", "precision", "checkpoints", "status", "signals"},
     {"generation", "lock"},
     {"data", "model", "preview"},
     {"callbacks"},
@@ -24,6 +24,7 @@ WITHOUT_LIGHTNING = {
     "types",
     "template",
     "pretrained",
+    "adapters",
     "logits_rules",
     "generation",
     "profiles",

@@ -10,22 +10,36 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_trainer import pretrained
+from lightning_trainer.types import InputError
 
 
 class HuggingFaceExport(Callback):
-    """Writes model and tokenizer when training ends.
+    """Writes model and tokenizer when training ends; of a run with model.lora the adapters, as peft loads them.
 
     Args:
         directory: Where; null: `export` in the run directory. What stands there is replaced only when the new one is
             whole.
+        merge: Write the whole model too, adapters added to its weights, as `merged` in the directory. Each weight is
+            rounded once to the run's dtype: under bf16-true what is smaller than half its step is lost.
 
     Attributes:
         written: Where, once it is.
     """
 
-    def __init__(self, directory: str | None = None) -> None:
-        self.directory = directory
+    def __init__(self, directory: str | None = None, merge: bool = False) -> None:
+        self.directory, self.merge = directory, merge
         self.written: Path | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to merge into packed weights.
+
+        Raises:
+            InputError: The base is quantised.
+        """
+        if self.merge and getattr(pl_module, "packed_base", False):
+            raise InputError(
+                "HuggingFaceExport cannot merge adapters into 4-bit weights: set merge: false", key="trainer.callbacks"
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the export."""
@@ -36,7 +50,10 @@ class HuggingFaceExport(Callback):
         tmp, old = (target.with_name(f".{target.name}.{word}-{os.getpid()}") for word in ("tmp", "old"))
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            pretrained.save_pretrained(module.causal_lm, module.tokenizer, tmp)
+            module.save_pretrained(tmp)
+            if self.merge and module.adapter is not None:
+                merged = module.adapter.merged()
+                pretrained.save_weights(merged, module.causal_lm, module.tokenizer, tmp / "merged")
             if target.exists():
                 target.rename(old)
             tmp.rename(target)

@@ -54,8 +54,9 @@ def examine(module: CausalLMModule, data: ChatDataModule, trainer: Trainer) -> R
     """
     dtype = run_dtype(trainer)
     model = empty_model(module, dtype, data.packing)
-    optimizer, scheduler = _optimizer(module, dtype)
-    settings = _settings(data, optimizer)
+    trained_dtype = module.adapter_dtype or dtype
+    optimizer, scheduler = _optimizer(module, trained_dtype)
+    settings = _settings(data, optimizer, trained_dtype)
     if data.tokenizer is None:
         data.tokenizer = module.tokenizer
     train = look_at(data, "train")
@@ -67,13 +68,14 @@ def examine(module: CausalLMModule, data: ChatDataModule, trainer: Trainer) -> R
     run = run_facts(data, trainer, train, 0 if val is None else val.examples, scheduler)
     held = memory.estimate(
         model,
-        memory.optimizer_bytes(optimizer, about.trainable, dtype),
+        memory.optimizer_bytes(optimizer, about.trainable, trained_dtype),
         about.loss,
         dtype,
         tokens=run.most_tokens,
         trained=_trained(train, run),
         packed=data.packing,
         checkpointing=module.gradient_checkpointing,
+        packed_weight=None if module.quantization is None else module.quantization.bytes_a_weight(),
     )
     facts = Facts(settings, about, train.facts, val, run, held)
     return Report(facts, findings(facts))
@@ -100,7 +102,7 @@ def _optimizer(module: CausalLMModule, dtype: torch.dtype) -> tuple[Optimizer, L
     return optimizer, scheduler
 
 
-def _settings(data: ChatDataModule, optimizer: Optimizer) -> Settings:
+def _settings(data: ChatDataModule, optimizer: Optimizer, trained: torch.dtype) -> Settings:
     return Settings(
         max_length=data.max_length,
         min_length=data.min_length,
@@ -109,6 +111,6 @@ def _settings(data: ChatDataModule, optimizer: Optimizer) -> Settings:
         on_long_row=data.on_long_row,
         packing=data.packing,
         optimizer=type(optimizer).__name__,
-        loses_nothing=isinstance(optimizer, CompensatedAdamW),
+        loses_nothing=isinstance(optimizer, CompensatedAdamW) or trained == torch.float32,
         lr=float(optimizer.param_groups[0]["lr"]),
     )

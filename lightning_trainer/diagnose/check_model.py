@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import Trainer
 
-from lightning_trainer import pretrained
+from lightning_trainer import adapters, pretrained
 from lightning_trainer.model import CausalLMModule, attention
 from lightning_trainer.model.loss import LossName, changed_logits
 from lightning_trainer.precision import SingleDtypePrecision
@@ -27,6 +27,8 @@ class ModelFacts:
 
     Attributes:
         parameters: Tied weights counted once.
+        adapters: What is trained beside the frozen model, or empty.
+        quantized: Whether the frozen model is packed into 4 bits.
         loss: The one that will be used.
         why_full: Why it is not the chunked one that was asked for, or empty.
         positions: Tokens the architecture is made for; None where it does not say.
@@ -39,6 +41,8 @@ class ModelFacts:
     parameters: int
     trainable: int
     frozen: int
+    adapters: str
+    quantized: bool
     precision: str
     dtype: str
     attention: str
@@ -68,31 +72,35 @@ def run_dtype(trainer: Trainer) -> torch.dtype:
 
 
 def empty_model(module: CausalLMModule, dtype: torch.dtype, packing: bool) -> PreTrainedModel:
-    """The model on the meta device: shapes and dtypes of its weights, not one number.
+    """The model on the meta device, adapters included: shapes and dtypes of its weights, not one number.
 
     Raises:
-        InputError: There is no configuration, or it takes no such attention.
+        InputError: There is no configuration, it takes no such attention, or no such adapters.
     """
     attention.register()
     asked = module.attn_implementation
     auto = attention.PACKED if packing else "sdpa"
     with torch.device("meta"):
-        return pretrained.load_model(
+        model = pretrained.load_model(
             module.pretrained, dtype, from_scratch=True, attn_implementation=auto if asked == "auto" else asked
         )
+        if module.lora is not None:
+            adapters.put_in(model, module.lora, module.pretrained)
+    return model
 
 
 def model_facts(module: CausalLMModule, model: PreTrainedModel, trainer: Trainer) -> ModelFacts:
     """What `empty_model` shows."""
     config: Any = model.config.get_text_config()
-    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    trainable = sum(count for count, is_trained in counts if is_trained)
+    trainable, total = pretrained.count_parameters(model)
     why_full = (changed_logits(model) or "") if module.loss_name == "chunked" else ""
     return ModelFacts(
         name=type(model).__name__,
-        parameters=sum(count for count, _ in counts),
+        parameters=total,
         trainable=trainable,
-        frozen=sum(count for count, _ in counts) - trainable,
+        frozen=total - trainable,
+        adapters="" if module.lora is None else str(module.lora),
+        quantized=module.quantization is not None,
         precision=str(trainer.precision_plugin.precision),
         dtype=str(run_dtype(trainer)).removeprefix("torch."),
         attention=str(config._attn_implementation),

@@ -49,6 +49,8 @@ def _model(facts: Facts) -> Iterator[str]:
         f"{model.name}, {model.parameters:,} parameters: {model.trainable:,} trained, {model.frozen:,} frozen"
         + (", from random weights" if model.from_scratch else "")
     )
+    if model.adapters:
+        yield f"{model.adapters}, on a frozen model" + (" of 4 bits" if model.quantized else "")
     why = f" ({model.why_full})" if model.why_full else ""
     yield f"{model.precision} ({model.dtype}), attention {model.attention}, loss {model.loss}{why}"
     yield f"{settings.optimizer}, lr {settings.lr:g}, {_schedule(facts.run)}"

@@ -6,6 +6,9 @@ The update runs when the activations are gone, so only the greater of the two co
 
 Letters: T tokens of a micro-batch, N of them trained on, s bytes of a number in the run's dtype, C hidden size,
 I intermediate size, Q = heads x head_dim, K = key/value heads x head_dim, V rows of the output layer.
+
+Beside adapters the model is frozen: it has no gradients and no moments, and of its activations only those stay that a
+gradient passes through, not those that only a weight's own gradient needs.
 """
 
 from __future__ import annotations
@@ -18,8 +21,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from lightning_trainer.adapters import adapted_layers
 from lightning_trainer.model.attention import PACKED
-from lightning_trainer.model.loss import CHUNK, LossName
+from lightning_trainer.model.loss import CHUNK, LossName, output_layer
 from lightning_trainer.model.optim import BUCKET, CompensatedAdamW
 
 GIB = 1 << 30
@@ -92,44 +96,92 @@ class Activations:
     recomputed: int
 
 
-def activations(shape: Shape, tokens: int, itemsize: int, packed: bool, checkpointing: bool) -> Activations:
+def activations(
+    shape: Shape, tokens: int, itemsize: int, packed: bool, checkpointing: bool, adapters: int | None = None
+) -> Activations:
     """What the backward pass needs, for a micro-batch of `tokens` tokens, padding included.
+
+    Args:
+        adapters: Bytes a token that the adapters of all layers keep; None where the model itself is trained.
 
     Outside the layers it is the last norm (4C + sC) and the rotary tables (2s head_dim), a token.
     """
-    layer = tokens * _layer(shape, itemsize, packed)
+    layer = tokens * (_layer(shape, itemsize, packed, adapters is not None) + (adapters or 0) // shape.layers)
     around = tokens * (4 * shape.hidden + itemsize * (shape.hidden + 2 * shape.query // shape.heads) + 12)
     if checkpointing:  # the input of each layer
         return Activations(around + shape.layers * tokens * itemsize * shape.hidden, layer)
     return Activations(around + shape.layers * layer, 0)
 
 
-def _layer(shape: Shape, s: int, packed: bool) -> int:
-    """Bytes a token and layer."""
+def _layer(shape: Shape, s: int, packed: bool, frozen: bool) -> int:
+    """Bytes a token and layer; of a frozen layer without its adapters."""
     hidden, query, key = shape.hidden, shape.query, shape.key
+    kept = 0 if frozen else s  # the inputs of weights, for the weights' own gradients
     # A norm computes in fp32: 4 bytes of its input, s of the normalised, s of its output, which projections keep.
-    norms = 2 * (4 + 2 * s) * hidden + 8
+    norms = 2 * (4 + 2 * kept) * hidden + 8
     if shape.norms_heads:
-        norms += (4 + s) * (query + key) + 4 * (shape.heads + shape.heads * key // query)
+        norms += (4 + kept) * (query + key) + 4 * (shape.heads + shape.heads * key // query)
     # Packed: keys and values as they are, and the examples' outputs joined once more. Padded: a mask makes
     # transformers repeat keys and values for every head.
     qkv = query + 2 * key if packed else 3 * query
-    out = 2 * query if packed else query
+    out = s * query + (kept * query if packed else 0)
     scores = 4 * shape.heads  # their log-sum-exp alone
-    mlp = (4 if shape.gated else 2) * shape.intermediate
-    return norms + s * (qkv + out + mlp) + scores
+    mlp = ((3 * s if shape.gated else s) + kept) * shape.intermediate
+    return norms + s * qkv + out + scores + mlp
 
 
-def loss_bytes(loss: LossName, hidden: int, rows: int, tokens: int, trained: int, itemsize: int) -> int:
+SAME_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+"""Layers that are handed one and the same tensor."""
+
+
+def adapter_activations(model: PreTrainedModel, itemsize: int, packed: bool) -> int | None:
+    """Bytes a token that autograd keeps for the adapters of all layers; None where there are none.
+
+    Of each its input and the rank's values. Dropout makes an input of its own, and as large a mask (a byte each on a
+    GPU); so do adapters of another dtype. DoRA keeps both results that its magnitudes weigh.
+    """
+    found, shared = 0, set[str]()
+    layers = list(adapted_layers(model)) if hasattr(model, "peft_config") else []
+    for name, layer in layers:
+        inner: Tensor = (
+            next(iter(layer.lora_A.values())).weight if len(layer.lora_A) else layer.lora_embedding_A.default
+        )
+        size, rank, drops = inner.element_size(), inner.shape[0], any(p.p > 0 for p in _dropouts(layer))
+        found += size * rank
+        if drops or size != itemsize:
+            found += (2 if drops else 1) * size * layer.in_features
+        elif (given := _input_of(name)) not in shared and (packed or not name.endswith("o_proj")):
+            shared.add(given)
+            found += size * layer.in_features
+        if any(layer.use_dora.values()):
+            found += ((size if drops else itemsize) + size) * layer.out_features
+    return found if layers else None
+
+
+def _dropouts(layer: Any) -> list[torch.nn.Dropout]:
+    return [module for module in layer.lora_dropout.values() if isinstance(module, torch.nn.Dropout)]
+
+
+def _input_of(name: str) -> str:
+    parent, _, leaf = name.rpartition(".")
+    return next((f"{parent}.{min(group)}" for group in SAME_INPUT if leaf in group), name)
+
+
+def loss_bytes(
+    loss: LossName, hidden: int, rows: int, tokens: int, trained: int, itemsize: int, frozen: bool = False
+) -> int:
     """What the loss holds at its peak, besides the activations.
 
     `full`: the trained tokens' logits, their fp32 log-softmax and its gradient, NV(s + 8); or, later, the gradient of
     all logits, TVs + NVs. `chunked`: fp32 logits of a chunk; of the output layer a gradient, a fp32 one of the chunk
-    and, under 16 bits, a fp32 copy: torch's `accurate` policy, VC(s + 4 + 4); the gradient of N hidden states.
+    and, under 16 bits, a fp32 copy: torch's `accurate` policy, VC(s + 4 + 4); the gradient of N hidden states. A frozen
+    output layer has none of its gradients.
     """
     if loss == "full":
         return max(trained * rows * (itemsize + 8), (tokens + trained) * rows * itemsize)
     copy = 4 if itemsize < 4 else 0
+    if frozen:
+        return CHUNK * rows * (4 + (itemsize if copy else 0)) + trained * hidden * (itemsize + 4)
     return CHUNK * rows * 4 + rows * hidden * (itemsize + 4 + copy) + trained * hidden * (itemsize + 4)
 
 
@@ -225,26 +277,32 @@ def estimate(
     trained: int,
     packed: bool,
     checkpointing: bool,
+    packed_weight: float | None = None,
 ) -> Memory:
     """The memory of a training step.
 
     Args:
-        model: On the meta device.
+        model: On the meta device, with its adapters.
         tokens: Of a micro-batch, padding included.
         trained: How many of them are trained on.
         packed: Whether examples share rows.
+        packed_weight: Bytes a weight of a quantised base's linear layers.
     """
     s, shape = dtype.itemsize, shape_of(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     static = {
-        "weights": sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
+        "weights": _weights(model, packed_weight),
         "gradients": sum(p.nbytes for p in trainable),
         "moments": round(optimizer.state * sum(p.numel() for p in trainable)),
     }
-    head: Any = model.get_output_embeddings() or model.get_input_embeddings()
+    head: Any = output_layer(model) or model.get_input_embeddings()
     rows, hidden = head.weight.shape
-    at_loss = loss_bytes(loss, hidden, rows, tokens, trained, s)
-    without, within = (None if shape is None else activations(shape, tokens, s, packed, c) for c in (False, True))
+    at_loss = loss_bytes(loss, hidden, rows, tokens, trained, s, frozen=not head.weight.requires_grad)
+    kept = adapter_activations(model, s, packed)
+    without, within = (
+        None if shape is None else activations(shape, tokens, s, packed, checkpointed, kept)
+        for checkpointed in (False, True)
+    )
     chosen = within if checkpointing else without
     # One layer is computed again after the loss has let go of its memory.
     passes = None if chosen is None else chosen.kept + max(chosen.recomputed, at_loss)
@@ -262,6 +320,15 @@ def estimate(
         card_name=name,
         note=optimizer.note,
     )
+
+
+def _weights(model: PreTrainedModel, packed_weight: float | None) -> int:
+    total = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    if packed_weight is None:
+        return total
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and not m.weight.requires_grad]
+    packed = [m.weight for m in layers if m is not output_layer(model)]
+    return total - round(sum(weight.nbytes - packed_weight * weight.numel() for weight in packed))
 
 
 def _held(held: Activations | None) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning
@@ -13,12 +14,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_trainer import adapters
 from lightning_trainer import pretrained as hub
+from lightning_trainer.adapters import LoraSettings
 from lightning_trainer.lock import Lock, check_model, facts_of_model
 from lightning_trainer.model import attention, loss, probe
 from lightning_trainer.model.optim import CompensatedAdamW
 from lightning_trainer.model.schedule import StepSchedule, WarmupCosine
 from lightning_trainer.precision import SingleDtypePrecision
+from lightning_trainer.pretrained import QuantizationSettings
 from lightning_trainer.types import Batch, InputError
 
 if TYPE_CHECKING:
@@ -36,11 +40,15 @@ class CausalLMModule(lightning.LightningModule):
             transformers knows is taken as it is.
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
         loss: chunked never holds all logits; full does. The number is the same.
+        lora: Train adapters on the model, which itself stays as it is; null trains all of it. `pretrained` may be
+            the directory of such adapters, to go on with them.
+        quantization: Keep the frozen model in 4 bits a weight, under `lora`.
         optimizer: CompensatedAdamW, or any of torch's by its name.
         lr_scheduler: WarmupCosine, WarmupStableDecay, WarmupConstant or one of torch's; stepped every optimizer step.
         locked: What must be so of the model, and stay so on resume.
 
     Attributes:
+        adapter: What is trained where `lora` is set, once the model is built.
         step_nats: Sum of nats of the optimizer step in progress; fp32, on the device.
     """
 
@@ -52,6 +60,8 @@ class CausalLMModule(lightning.LightningModule):
         attn_implementation: str = "auto",
         gradient_checkpointing: bool = False,
         loss: loss.LossName = "chunked",
+        lora: LoraSettings | None = None,
+        quantization: QuantizationSettings | None = None,
         optimizer: OptimizerCallable = CompensatedAdamW,
         lr_scheduler: LRSchedulerCallable = WarmupCosine,
         locked: Lock | None = None,
@@ -62,7 +72,12 @@ class CausalLMModule(lightning.LightningModule):
         self.loss_name = loss
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self.locked = locked
+        self.lora, self.quantization = lora, quantization
+        adapters.refuse_contradictions(
+            lora, pretrained, hub.adapter_base(pretrained), from_scratch, quantization is not None
+        )
         self.model: PreTrainedModel | None = None
+        self.adapter: adapters.Adapter | None = None
         self.step_nats = torch.zeros(())
         self._settled = False
         self._evaluated: list[tuple[Tensor, Tensor, int]] = []
@@ -80,14 +95,38 @@ class CausalLMModule(lightning.LightningModule):
             return
         attention.register()
         self.model = hub.load_model(
-            self.pretrained, self._run_dtype(), from_scratch=self.from_scratch, attn_implementation=self._attention()
+            self.pretrained,
+            self._run_dtype(),
+            from_scratch=self.from_scratch,
+            attn_implementation=self._attention(),
+            quantization=self.quantization,
+            device=self.trainer.strategy.root_device,
         )
         hub.check_tokenizer_fits(self.tokenizer, hub.embedding_rows(self.model))
         if self.locked is not None:
             check_model(self.locked, facts_of_model(self.model))
+        if self.lora is not None:
+            self._put_in_adapters(self.model, self.lora)
         self.model.train()
         if self.gradient_checkpointing:
             self.model.activation_checkpointing_enable()
+
+    def _put_in_adapters(self, model: PreTrainedModel, lora: LoraSettings) -> None:
+        self.strict_loading = False  # `on_load_checkpoint` compares the names itself
+        base = hub.adapter_base(self.pretrained)
+        self.adapter = adapters.put_in(model, lora, base or hub.resolve_pretrained(self.pretrained, "model.pretrained"))
+        if base is not None:
+            self.adapter.load(Path(self.pretrained).expanduser(), "model.pretrained", cast=True)
+
+    @property
+    def adapter_dtype(self) -> torch.dtype | None:
+        """The adapters' dtype, where it was chosen; None: the run's."""
+        return torch.float32 if self.lora is not None and self.lora.dtype == "fp32" else None
+
+    @property
+    def packed_base(self) -> bool:
+        """Whether the frozen weights are stored packed."""
+        return self.quantization is not None
 
     def _run_dtype(self) -> torch.dtype:
         plugin = self.trainer.precision_plugin
@@ -124,11 +163,11 @@ class CausalLMModule(lightning.LightningModule):
         if self._packs():
             probe.refuse_leaks(self.causal_lm)
         self._settle_loss()
-        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
-        total, trained = sum(count for count, _ in counts), sum(count for count, is_trained in counts if is_trained)
+        trained, total = hub.count_parameters(self.causal_lm)
         rank_zero_info(
             f"{type(self.causal_lm).__name__}: {trained:,} of {total:,} parameters trained, "
-            f"attention {self.causal_lm.config._attn_implementation}, loss {self.loss_name}"
+            + (f"{self.lora} on {self.adapter.layers} layers, " if self.adapter is not None else "")
+            + f"attention {self.causal_lm.config._attn_implementation}, loss {self.loss_name}"
         )
 
     def on_validation_start(self) -> None:
@@ -182,7 +221,7 @@ class CausalLMModule(lightning.LightningModule):
         if self.loss_name == "full":
             logits = self(batch).flatten(0, 1)[batch.predict_at]
             return loss.nats_from_logits(logits, batch.targets)
-        head = self.causal_lm.get_output_embeddings()
+        head = loss.output_layer(self.causal_lm)
         return loss.nats_chunked(self._hidden(batch), head.weight, head.bias, batch.targets)
 
     def _hidden(self, batch: Batch) -> Tensor:
@@ -214,7 +253,7 @@ class CausalLMModule(lightning.LightningModule):
         if self.loss_name == "full":
             logits = self(batch).flatten(0, 1)[batch.predict_at]
             return loss.nats_from_logits(logits, batch.targets), (logits.argmax(-1) == batch.targets).sum()
-        head = self.causal_lm.get_output_embeddings()
+        head = loss.output_layer(self.causal_lm)
         return loss.evaluate_tokens(self._hidden(batch), head.weight, head.bias, batch.targets)
 
     def on_validation_epoch_end(self) -> None:
@@ -279,7 +318,7 @@ class CausalLMModule(lightning.LightningModule):
         scheduler.fit_to(1 if steps == float("inf") else int(steps))
 
     def _check_optimizer(self, optimizer: Optimizer) -> None:
-        dtype, name = self._run_dtype(), type(optimizer).__name__
+        dtype, name = self.adapter_dtype or self._run_dtype(), type(optimizer).__name__
         if isinstance(optimizer, CompensatedAdamW):
             return
         if dtype == torch.float16:
@@ -307,19 +346,43 @@ class CausalLMModule(lightning.LightningModule):
                 config.scheduler.base_lrs = [group.get("initial_lr", group["lr"]) for group in self._fresh]
                 config.scheduler.apply()
 
+    def save_pretrained(self, directory: Path) -> None:
+        """Write what transformers loads: the model, or the adapters alone (which peft loads too); and the tokenizer."""
+        if self.adapter is None:
+            hub.save_pretrained(self.causal_lm, self.tokenizer, directory)
+        else:
+            self.adapter.save(directory)
+            self.tokenizer.save_pretrained(str(directory))
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the weights to `save_pretrained`: a checkpoint is a directory that transformers loads.
 
         The CheckpointIO writes what stands under `pretrained` before the rest.
         """
         checkpoint.pop("state_dict")
-        model, tokenizer = self.causal_lm, self.tokenizer
-        checkpoint["pretrained"] = lambda directory: hub.save_pretrained(model, tokenizer, directory)
+        checkpoint["pretrained"] = self.save_pretrained
+        if self.adapter is not None:
+            checkpoint["frozen_weights"] = self.adapter.base_digest()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the weights from the checkpoint's directory."""
-        weights = hub.load_state_dict(checkpoint["directory"], self.causal_lm)
-        checkpoint["state_dict"] = {f"model.{name}": value for name, value in weights.items()}
+        """Take the weights from the checkpoint's directory.
+
+        Raises:
+            InputError: They are adapters and this run has none, or the other way round; or they are of another base.
+        """
+        directory: Path = checkpoint["directory"]
+        saved = adapters.read_config(directory)
+        if self.adapter is None and saved is None:
+            weights = hub.load_state_dict(directory, self.causal_lm)
+            checkpoint["state_dict"] = {f"model.{name}": value for name, value in weights.items()}
+            return
+        if self.adapter is None or saved is None:
+            raise InputError(adapters.other_contents(directory, saved), key="model.lora")
+        if self.trainer.state.fn == "fit":
+            self.adapter.resume(directory, checkpoint.get("frozen_weights"))
+        else:
+            self.adapter.load(directory, "ckpt_path", cast=True)
+        checkpoint["state_dict"] = {}
 
     def predict_step(self, batch: list[dict[str, Any]], batch_idx: int) -> list[dict[str, Any]]:
         """Left to the callback that writes predictions: it knows the sampling and the prompts."""

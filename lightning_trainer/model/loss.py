@@ -45,7 +45,7 @@ def why_not_chunked(model: PreTrainedModel) -> str | None:
     said = changed_logits(model)
     if said is not None:
         return said
-    head: Any = model.get_output_embeddings()
+    head = output_layer(model)
     inputs = packed_inputs(model, [torch.arange(8) * 7 % embedding_rows(model)])
     with evaluating(model), torch.no_grad():
         hidden = getattr(model.base_model(**inputs), "last_hidden_state", None)
@@ -57,9 +57,18 @@ def why_not_chunked(model: PreTrainedModel) -> str | None:
     return None
 
 
+def output_layer(model: PreTrainedModel) -> Any:
+    """The layer that makes the logits; its trained copy, where peft keeps one (model.lora.modules_to_save)."""
+    head: Any = model.get_output_embeddings()
+    copies: Any = getattr(head, "modules_to_save", None)
+    return head if copies is None else next(iter(copies.values()))
+
+
 def changed_logits(model: PreTrainedModel) -> str | None:
     """What its class and configuration alone say against `chunked`, or None; no weight is looked at."""
-    head: Any = model.get_output_embeddings()
+    head = output_layer(model)
+    if hasattr(head, "base_layer"):
+        return "its output layer has an adapter"
     if not isinstance(head, torch.nn.Linear):
         return f"its output layer is {type(head).__name__}, not Linear"
     config = model.config.get_text_config()

@@ -11,6 +11,9 @@ from torch.optim import Optimizer
 ROTARY = "inv_freq"
 """How the names of rotary buffers end, `sliding_attention_inv_freq` and `original_inv_freq` among them."""
 
+ADAPTER = "lora_"
+"""In the names of all parameters that peft's LoRA adds, `lora_magnitude_vector` among them."""
+
 IN_FP32 = (
     "the loss sum",
     "AdamW's step counter",
@@ -20,17 +23,32 @@ IN_FP32 = (
 """What is fp32 in a run of another dtype."""
 
 
-def exceptions(dtype: torch.dtype) -> dict[str, str]:
-    """Everything that has another dtype than the run's, for the line printed at start."""
+ADAPTERS = "adapters, their gradients and moments"
+
+PACKED_BASE = "packed storage of the 4-bit base"
+
+
+def exceptions(dtype: torch.dtype, adapters: torch.dtype | None = None, packed_base: bool = False) -> dict[str, str]:
+    """Everything that has another dtype than the run's, for the line printed at start.
+
+    Args:
+        adapters: The adapters' dtype, where it was chosen.
+        packed_base: Whether the base is quantised.
+    """
+    packed = {PACKED_BASE: "uint8"} if packed_base else {}
     if dtype == torch.float32:
-        return {}
+        return packed
     own = {torch.float16: "moments", torch.bfloat16: "low_bits of CompensatedAdamW"}[dtype]
     # fp16: squares of gradients underflow it. bf16: the bits that rounding cuts off its weights.
-    return {**dict.fromkeys(IN_FP32, "fp32"), own: "fp32" if dtype == torch.float16 else "int16"}
+    found = {**dict.fromkeys(IN_FP32, "fp32"), own: "fp32" if dtype == torch.float16 else "int16", **packed}
+    return {**found, ADAPTERS: "fp32"} if adapters == torch.float32 else found
 
 
-def wrong_weights(module: nn.Module, dtype: torch.dtype) -> list[str]:
+def wrong_weights(module: nn.Module, dtype: torch.dtype, adapters: torch.dtype | None = None) -> list[str]:
     """Parameters and buffers that are neither of `dtype` nor an exception.
+
+    Args:
+        adapters: The dtype that every adapter must have; None: `dtype`.
 
     Returns:
         Lines such as `param model.lm_head.weight: torch.float32`.
@@ -38,8 +56,14 @@ def wrong_weights(module: nn.Module, dtype: torch.dtype) -> list[str]:
     fp32 = tuple(_kept_in_fp32(module))
     named: list[tuple[str, str, Tensor]] = [("param", name, p) for name, p in module.named_parameters()]
     named += [("buffer", name, b) for name, b in module.named_buffers() if not name.endswith(ROTARY)]
-    allowed = (n for n in named if not (n[2].dtype == torch.float32 and any(part in n[1] for part in fp32)))
-    return [f"{kind} {name}: {tensor.dtype}" for kind, name, tensor in allowed if _differs(tensor, dtype)]
+    wrong = []
+    for kind, name, tensor in named:
+        # Only what is trained is an adapter: some architectures have frozen matrices of such a name themselves.
+        is_adapter = ADAPTER in name and tensor.requires_grad
+        kept = tensor.dtype == torch.float32 and any(part in name for part in fp32) and not is_adapter
+        if not kept and _differs(tensor, (adapters or dtype) if is_adapter else dtype):
+            wrong.append(f"{kind} {name}: {tensor.dtype}")
+    return wrong
 
 
 def wrong_gradients(module: nn.Module) -> list[str]:

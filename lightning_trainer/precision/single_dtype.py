@@ -30,6 +30,8 @@ class DtypeError(RuntimeError):
 class SingleDtypePrecision(Precision):
     """Every parameter, gradient and moment has one dtype. Nothing is cast: what is of another dtype is refused.
 
+    The one mix, and only by name: adapters in fp32 (model.lora.dtype) on a base of 16 bits.
+
     It also decides, on the device and without waiting for it, that an update whose loss or gradient is NaN or Inf is
     not applied. Whoever reads `nonfinite_steps` (at log steps, before a checkpoint) decides what follows.
 
@@ -57,11 +59,15 @@ class SingleDtypePrecision(Precision):
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Audit parameters and buffers; nothing is converted.
 
+        A module says by `adapter_dtype` which dtype its adapters have, by `packed_base` that the rest is quantised.
+
         Raises:
             DtypeError: With the offending names.
         """
-        self._fail(wrong_weights(module, self.dtype), "before training")
-        others = "; ".join(f"{name} ({dtype})" for name, dtype in exceptions(self.dtype).items())
+        adapters: torch.dtype | None = getattr(module, "adapter_dtype", None)
+        self._fail(wrong_weights(module, self.dtype, adapters), "before training")
+        named = exceptions(self.dtype, adapters, bool(getattr(module, "packed_base", False)))
+        others = "; ".join(f"{name} ({dtype})" for name, dtype in named.items())
         rank_zero_info(f"one dtype for everything: {self.dtype}" + (f"; except {others}" if others else ""))
         return module
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
+from lightning_trainer.adapters import LoraSettings
 from lightning_trainer.callbacks import PreviewCallback, RunCheckpoint, StepValidation
 from lightning_trainer.data import ChatDataModule
 from lightning_trainer.diagnose import check_data
@@ -73,6 +74,16 @@ class Counter(Callback):
 
     def on_validation_end(self, *_: Any) -> None:
         self.validations += 1
+
+
+def test_adapters_are_counted_beside_what_is_frozen(parts: Callable[..., Parts]) -> None:
+    module, data, trainer = parts(precision="bf16-true", model={"lora": LoraSettings(rank=4, alpha=8, dtype="fp32")})
+    report = examine(module, data, trainer)
+    assert (report.facts.model.trainable, report.facts.model.frozen) == (3712, 27840)
+    assert "LoRA of rank 4, alpha 8, in fp32, on a frozen model" in report.as_text()
+    assert (report.facts.memory.gradients, report.facts.memory.moments) == (4 * 3712, 8 * 3712)
+    with pytest.raises(InputError, match="has no layer 'nothing'"):
+        examine(*parts(model={"lora": LoraSettings(target_modules=["nothing"])}))
 
 
 def _keys(report: Report, severity: str) -> set[str]:

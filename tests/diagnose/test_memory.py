@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
+from lightning_trainer.adapters import LoraSettings, put_in
 from lightning_trainer.diagnose import memory
 from lightning_trainer.model import CompensatedAdamW, attention
 from lightning_trainer.model.loss import CHUNK, nats_chunked, nats_from_logits
@@ -82,6 +83,55 @@ def test_activations_under_checkpointing_are_what_autograd_saves(build: Any, dty
     assert estimated.recomputed == pytest.approx(one_layer, rel=0.07)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "settings"),
+    [
+        (torch.bfloat16, {}),
+        (torch.float32, {"target_modules": ["q_proj", "v_proj"]}),
+        (torch.bfloat16, {"dropout": 0.1}),
+        (torch.bfloat16, {"dtype": "fp32"}),
+        (torch.bfloat16, {"dtype": "fp32", "dropout": 0.1}),
+        (torch.float32, {"use_dora": True}),
+    ],
+)
+def test_activations_beside_adapters_are_what_autograd_saves(
+    build: Any, dtype: torch.dtype, settings: dict[str, Any], packed: bool
+) -> None:
+    model = build(dtype, packed)
+    put_in(model, LoraSettings(**settings), "base")
+    model.train()
+    shape, adapters = memory.shape_of(model), memory.adapter_activations(model, dtype.itemsize, packed)
+    assert shape is not None
+    assert adapters is not None
+    estimated = memory.activations(shape, TOKENS, dtype.itemsize, packed, checkpointing=False, adapters=adapters)
+    saved = saved_bytes(model, packed)
+    if settings.get("use_dora"):  # x_eye and its product, which live while one layer computes
+        inner = 5 * 64 + 128 + 192
+        saved -= 3 * 4 * (5 * 64**2 + 128**2 + 192**2 + 16 * inner)
+    assert estimated.kept == pytest.approx(saved, rel=0.07)
+
+
+@pytest.mark.parametrize(("name", "size"), [("fp32", 4), (None, 2)])
+def test_a_frozen_model_has_no_gradients_and_no_moments(build: Any, name: Any, size: int) -> None:
+    with torch.device("meta"):
+        model = build(torch.bfloat16, packed=True)
+        base = sum(p.numel() for p in model.parameters())
+        put_in(model, LoraSettings(rank=8, dtype=name), "base")
+    # q, o: 64 + 128; k, v: 64 + 64; gate, up: 64 + 192; down: 192 + 64
+    trained = 3 * 8 * (2 * (64 + 128) + 2 * (64 + 64) + 3 * (64 + 192))
+    adam = memory.OptimizerBytes(8.0, 0, "")
+    arguments: Any = ("chunked", torch.bfloat16, TOKENS, 100)
+    found = memory.estimate(model, adam, *arguments, packed=True, checkpointing=False)
+    buffers = sum(b.nbytes for b in model.buffers())
+    assert (found.weights, found.gradients) == (2 * base + size * trained + buffers, size * trained)
+    assert found.moments == 8 * trained
+    assert found.loss == CHUNK * 384 * (4 + 2) + 100 * 64 * (2 + 4)
+    packed = memory.estimate(model, adam, *arguments, packed=True, checkpointing=False, packed_weight=0.5)
+    linear = 3 * (2 * 64 * 128 + 2 * 64 * 64 + 3 * 64 * 192)
+    assert packed.weights == found.weights - 1.5 * linear
+
+
 def _peak(step: Callable[[], None]) -> int:
     """Most bytes held at once, above what was held before."""
     from torch.profiler import ProfilerActivity, profile
@@ -98,10 +148,11 @@ def _peak(step: Callable[[], None]) -> int:
     return most
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("loss", ["full", "chunked"])
-def test_the_loss_takes_what_the_allocator_sees(loss: Any) -> None:
+def test_the_loss_takes_what_the_allocator_sees(loss: Any, frozen: bool) -> None:
     rows, hidden, trained = 8192, 128, 2 * CHUNK
-    weight = torch.zeros(rows, hidden, requires_grad=True)
+    weight = torch.zeros(rows, hidden, requires_grad=not frozen)
     states = torch.zeros(trained, hidden, requires_grad=True)
     targets = torch.zeros(trained, dtype=torch.int64)
 
@@ -112,7 +163,7 @@ def test_the_loss_takes_what_the_allocator_sees(loss: Any) -> None:
             nats_chunked(states, weight, None, targets).backward()
 
     step()  # gradients are there from here on, and counted elsewhere
-    estimated = memory.loss_bytes(loss, hidden, rows, tokens=trained, trained=trained, itemsize=4)
+    estimated = memory.loss_bytes(loss, hidden, rows, tokens=trained, trained=trained, itemsize=4, frozen=frozen)
     assert estimated == pytest.approx(_peak(step), rel=0.1)
 
 

@@ -28,6 +28,8 @@ NOT_YET: tuple[str, ...] = (
 )
 """Fields whose feature is not built yet: kept in `to_dict`, without effect, named once at start."""
 
+QUANTISED = "set it to false, or write the job as YAML (convert) and there model.quantization: {bits: 4} and model.lora"
+
 PRECISIONS = {"bf16": "bf16-true", "fp16": "16-true", "fp32": "32-true"}
 
 DTYPES = {"bf16": ("bf16", "bfloat16"), "fp16": ("fp16", "float16"), "fp32": ("fp32", "float32")}
@@ -81,6 +83,8 @@ def _model(config: TrainerConfig) -> dict[str, Any]:
         "tokenizer": config.model.tokenizer_path,
         "attn_implementation": "auto" if config.model.prefer_flash_attention else "sdpa",
         "gradient_checkpointing": config.hyperparams.use_gradient_checkpointing,
+        "lora": None,
+        "quantization": None,
         "optimizer": {"class_path": "CompensatedAdamW", "init_args": {"lr": config.hyperparams.learning_rate}},
         "lr_scheduler": {
             "class_path": "WarmupCosine",
@@ -171,8 +175,8 @@ def _refuse(config: TrainerConfig) -> None:
 
 def _not_offered(config: TrainerConfig) -> list[str]:
     asked = {
-        "model.load_in_8bit": (config.model.load_in_8bit, "quantised bases are not built yet: set it to false"),
-        "model.load_in_4bit": (config.model.load_in_4bit, "quantised bases are not built yet: set it to false"),
+        "model.load_in_8bit": (config.model.load_in_8bit, f"a base of 8 bits is not offered; {QUANTISED}"),
+        "model.load_in_4bit": (config.model.load_in_4bit, f"a job has no adapters to train on it; {QUANTISED}"),
         "model.use_cache": (
             config.model.use_cache,
             "with a cache packed examples would see each other: set it to false",

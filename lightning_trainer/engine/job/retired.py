@@ -32,6 +32,8 @@ class Retired:
         return off or any(type(value) is type(known) and value == known for known in (*NOTHING, *self.inert))
 
 
+IN_YAML = "write the job as YAML (convert) and there `model: {lora: {rank: 16, alpha: 32}}` (model.lora)"
+
 RETIRED: dict[str, Retired] = {
     "data.augmentation": Retired(
         "rows are rewritten by profiles: put it into one of your own (profile.name: my.Class)"
@@ -45,10 +47,8 @@ RETIRED: dict[str, Retired] = {
     ),
     "environment.world_size": Retired("ranks are the launcher's: trainer.devices in YAML (convert), or torchrun", (1,)),
     "environment.deepspeed_config": Retired("set trainer.strategy in YAML (convert)"),
-    "training_mode": Retired(
-        "adapters are for model.lora, which is not there yet: remove it, or set it to full", ("full",)
-    ),
-    "lora": Retired("adapters are for model.lora, which is not there yet: remove it for full fine-tuning"),
+    "training_mode": Retired(f"a job trains all of the model: set it to full, or for adapters {IN_YAML}", ("full",)),
+    "lora": Retired(f"a job trains all of the model: remove it, or for adapters {IN_YAML}"),
     "galore": Retired("remove it: CompensatedAdamW takes 10 bytes a weight under bf16, gradient included"),
     "fortune_teller": Retired("it is gone: remove it"),
 }

@@ -127,8 +127,10 @@ def test_every_refusal_is_named_with_its_way_out(config: TrainerConfig) -> None:
     with pytest.raises(InputError) as caught:
         lower(config)
     assert str(caught.value).splitlines() == [
-        "model.load_in_8bit: True: quantised bases are not built yet: set it to false",
-        "model.load_in_4bit: True: quantised bases are not built yet: set it to false",
+        "model.load_in_8bit: True: a base of 8 bits is not offered; set it to false, or write the job as YAML "
+        "(convert) and there model.quantization: {bits: 4} and model.lora",
+        "model.load_in_4bit: True: a job has no adapters to train on it; set it to false, or write the job as YAML "
+        "(convert) and there model.quantization: {bits: 4} and model.lora",
         "environment.optimizer_type: 'muon': not built yet: take adamw",
         "monitoring.preview_backend: 'remote_3090': previews on a second GPU are not built yet: take local",
         "model.torch_dtype: 'float16' does not agree with hyperparams.fp_precision 'bf16', which alone decides: "
