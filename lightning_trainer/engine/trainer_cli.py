@@ -100,6 +100,8 @@ class TrainerCLI(LightningCLI):
             ConfigError: Something is wrong that only model and data together show.
         """
         with self.config_errors(), self._directory():
+            if self.model.quantization is not None:  # a GPU that is missing is named before the data is tokenised
+                self.model.quantization.config(self.trainer.precision_plugin.dtype)
             super()._run_subcommand(str(self.subcommand))
 
     @contextmanager
