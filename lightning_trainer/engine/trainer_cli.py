@@ -99,9 +99,10 @@ class TrainerCLI(LightningCLI):
         Raises:
             ConfigError: Something is wrong that only model and data together show.
         """
+        plugin: Any = self.trainer.precision_plugin
         with self.config_errors(), self._directory():
             if self.model.quantization is not None:  # a GPU that is missing is named before the data is tokenised
-                self.model.quantization.config(self.trainer.precision_plugin.dtype)
+                self.model.quantization.config(plugin.dtype)
             super()._run_subcommand(str(self.subcommand))
 
     @contextmanager
