@@ -46,9 +46,12 @@ class SelfCheck(Callback):
             return
         started = time.perf_counter()
         module: Any = pl_module
-        batch = loader.collate(np.arange(min(EXAMPLES, len(loader.collate.store))), 1)
+        store = loader.collate.store
+        batch = loader.collate(np.linspace(0, len(store) - 1, min(EXAMPLES, len(store))).astype(np.int64), 1)
         check_tokens(batch, embedding_rows(module.causal_lm))
-        check_labels(of_examples(batch.labels, batch, loader.collate.packed), module.tokenizer)
+        all_cut = store.ledger["report"]["truncated"] >= len(store)
+        check_labels(of_examples(batch.labels, batch, loader.collate.packed), module.tokenizer, all_cut)
+        check_targets(batch)
         checked = ["tokens within the embedding", "labels with their stop token"]
         if isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             check_examples_apart(module, loader)
@@ -71,32 +74,48 @@ def check_tokens(batch: Batch, rows: int) -> None:
         )
 
 
-def check_labels(examples: list[Tensor], tokenizer: Any) -> None:
+def check_labels(examples: list[Tensor], tokenizer: Any, all_cut: bool = False) -> None:
     """Refuse labels from which the model would learn nothing, or never learn to stop.
 
     Args:
         examples: Labels of each example, (tokens,) int64.
-        tokenizer: With its chat template.
+        tokenizer: With its chat template; without one, rows are texts that need no end.
+        all_cut: Whether every example was cut to max_length, and has lost its end.
 
     Raises:
         InputError: No token is trained, or in no example the token that ends an answer.
     """
     trained = [labels[labels != IGNORE_INDEX] for labels in examples]
     if not any(len(labels) for labels in trained):
-        raise InputError(f"no token of the first {len(examples)} examples is trained: all labels are masked", "data")
+        raise InputError(f"no token of {len(examples)} examples is trained: all labels are masked", "data")
     stops = template.stop_token_ids(tokenizer)
     ends = sum(bool(set(labels.tolist()) & set(stops)) for labels in trained)
     names = ", ".join(repr(tokenizer.decode([stop])) for stop in stops) or "there is none"
-    if not ends:
+    if not ends and tokenizer.chat_template and not all_cut:
         raise InputError(
-            f"the token that ends an answer ({names}) is trained in none of the first {len(examples)} examples: the "
+            f"the token that ends an answer ({names}) is trained in none of {len(examples)} examples: the "
             "model would never learn to stop. Let the chat template put it behind each assistant turn, within its "
             "{% generation %} marks where it has them, or name it as the tokenizer's eos_token",
             key="model.tokenizer",
         )
     if ends < len(examples):
-        rank_zero_warn(
-            f"{len(examples) - ends} of the first {len(examples)} examples do not train a stop token {names}"
+        rank_zero_warn(f"{len(examples) - ends} of {len(examples)} examples do not train a stop token ({names})")
+
+
+def check_targets(batch: Batch) -> None:
+    """Refuse targets that are not the tokens they stand for, each predicted from the token before it.
+
+    Raises:
+        InputError: See above.
+    """
+    labels, ids = batch.labels.flatten(), batch.input_ids.flatten()
+    trained = torch.nonzero(labels != IGNORE_INDEX).flatten()
+    same = [(trained - 1, batch.predict_at), (labels[trained], batch.targets), (ids[trained], batch.targets)]
+    if not all(torch.equal(a, b) for a, b in same):
+        raise InputError(
+            "labels, targets and tokens of a batch do not belong together: the model would learn other tokens than "
+            "those that follow; this is a fault of whoever makes the batches",
+            key="data",
         )
 
 

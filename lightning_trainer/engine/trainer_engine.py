@@ -16,7 +16,7 @@ from lightning_trainer.callbacks import MEASURED, RunCheckpoint, StatusFile, Tra
 from lightning_trainer.engine.job.lowering import lower, remarks
 from lightning_trainer.engine.job.trainer_config import TrainerConfig
 from lightning_trainer.engine.run import quiet_stack
-from lightning_trainer.engine.run_directory import rank
+from lightning_trainer.engine.run_directory import MANIFEST, rank
 from lightning_trainer.engine.trainer_cli import TrainerCLI
 from lightning_trainer.signals import Interrupted, interruptible
 from lightning_trainer.status import Ending, TrainingStatusWriter
@@ -103,11 +103,11 @@ class _Job:
         return self._result(None)
 
     def _tell(self, status: Ending, **fields: Any) -> None:
-        if self.status_writer is not None:
+        if self.status_writer is not None and self._may_tell():
             self.status_writer.finish(status, **fields)
 
     def _run(self, config: TrainerConfig | Mapping[str, Any]) -> None:
-        if self.status_writer is not None:  # nothing of a job before it stays
+        if self.status_writer is not None and self._may_tell():  # nothing of a job before it stays
             self.status_writer.update(**dict.fromkeys(MEASURED), status="training", total_steps=None)
         self.config = config if isinstance(config, TrainerConfig) else TrainerConfig.from_dict(config)
         self.cli = TrainerCLI({"subcommand": "fit", "fit": lower(self.config)})
@@ -119,6 +119,12 @@ class _Job:
     def _attach_status(self, cli: TrainerCLI) -> None:
         for callback in callbacks_of(cli.trainer, StatusFile):
             callback.writers += [] if self.status_writer is None else [self.status_writer]
+
+    def _may_tell(self) -> bool:
+        """Whether the caller's file is this job's to write: in a run's directory only once that run is this job's."""
+        assert self.status_writer is not None
+        began = self.cli is not None and self.cli.began
+        return began or not (self.status_writer.path.parent / MANIFEST).exists()
 
     def _result(self, error: Exception | None) -> TrainingResult:
         trainer: Any = self.cli.trainer if self.cli is not None else None

@@ -30,7 +30,7 @@ def test_a_template_whose_end_of_turn_is_not_trained(
     path = job(model={"tokenizer": str(tmp_path / "tokenizer")})
     assert main(["fit", "--config", str(path)]) == 2
     told = capsys.readouterr().err
-    assert "the token that ends an answer ('<|im_end|>') is trained in none of the first" in told
+    assert "the token that ends an answer ('<|im_end|>') is trained in none of" in told
     assert "never learn to stop" in told
     assert not (tmp_path / "run" / "manifest.json").exists()
     assert main(["fit", "--config", str(path), "--self_check", "false", "--trainer.max_steps", "1"]) == 0
@@ -56,7 +56,21 @@ def test_an_attention_mask_of_ones_over_packed_examples(
 def test_rows_that_are_swapped(job: Job, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     _patch_batches(monkeypatch, lambda batch: replace(batch, input_ids=batch.input_ids.roll(1, dims=0)))
     assert main(["fit", "--config", str(job(data={"packing": False}))]) == 2
-    assert "examples of a padded batch do not stay apart" in capsys.readouterr().err
+    assert "labels, targets and tokens of a batch do not belong together" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["predict_at", "targets", "labels"])
+def test_labels_that_are_shifted(name: str, job: Job, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    _patch_batches(monkeypatch, lambda batch: replace(batch, **{name: getattr(batch, name).roll(1)}))
+    assert main(["fit", "--config", str(job())]) == 2
+    assert "do not belong together" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.* examples do not train a stop token")
+def test_texts_that_are_all_cut_are_no_fault(job: Job, write_rows: Any) -> None:
+    path = write_rows([{"text": f"{number} " + "word " * 200} for number in range(20)], "texts.jsonl")
+    config = job(data={"train_path": str(path), "on_long_row": "truncate", "max_length": 64})
+    assert main(["fit", "--config", str(config), "--trainer.max_steps", "1"]) == 0
 
 
 @pytest.mark.parametrize("packing", [True, False])

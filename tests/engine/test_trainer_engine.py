@@ -219,6 +219,15 @@ def test_a_second_job_inherits_no_figures_of_the_first(small: Make, tmp_path: Pa
     assert {state[name] for name in ("current_step", "total_steps", "loss", "total_evals")} == {None}
 
 
+def test_a_refused_job_leaves_the_status_of_the_run_that_is_there(small: Make, tmp_path: Path) -> None:
+    status = tmp_path / "run" / "status.json"
+    assert TrainerEngine(TrainingStatusWriter(status)).run_job(small()).success
+    before = TrainingStatusReader(status).read()
+    assert not TrainerEngine(TrainingStatusWriter(status)).run_job(small()).success
+    after = TrainingStatusReader(status).read()
+    assert (after["status"], after["loss"], after["current_step"]) == ("completed", before["loss"], 3)
+
+
 def test_it_runs_beside_the_main_thread(small: Make) -> None:
     results: list[TrainingResult] = []
     thread = threading.Thread(target=lambda: results.append(TrainerEngine().run_job(small())))
