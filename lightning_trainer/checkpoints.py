@@ -8,10 +8,12 @@ checkpoints/last.ckpt           relative symlink to the newest
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +26,18 @@ STATE, INDEX, LAST = "trainer.pt", "checkpoint.json", "last.ckpt"
 _STEP = re.compile(r"step=(\d+)\.ckpt")
 
 
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+"""How safetensors tells what the system said; the file it was writing is gone by then."""
+
+_FULL = 1 << 20
+"""Bytes left on a disk that counts as full: libraries that write for us do not say why they failed."""
+
+
 class CheckpointWriteError(OSError):
     """A checkpoint could not be written; what was there before is as it was."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
 
 
 def step_name(step: int) -> str:
@@ -43,7 +55,8 @@ def write(target: Path, fill: Callable[[Path], None], about: dict[str, Any]) -> 
     """Make a checkpoint directory: under a temporary name beside `target`, flushed to disk, then renamed.
 
     Args:
-        target: Where it will stand. A directory already there is moved aside, not deleted.
+        target: Where it will stand. A checkpoint already there gives way once this one is whole; anything else there
+            is moved aside.
         fill: Writes the files into the directory it is given.
         about: Plain values for `checkpoint.json`.
 
@@ -52,7 +65,7 @@ def write(target: Path, fill: Callable[[Path], None], about: dict[str, Any]) -> 
     """
     tmp = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(target.parent)
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir()
         fill(tmp)
@@ -61,11 +74,18 @@ def write(target: Path, fill: Callable[[Path], None], about: dict[str, Any]) -> 
         for directory in (tmp, *(path for path in tmp.rglob("*") if path.is_dir())):
             _sync_directory(directory)
         _put_in_place(tmp, target)
-        _sync_directory(target.parent)
     except OSError as error:
-        raise CheckpointWriteError(error.errno, f"the checkpoint {target} could not be written: {error}") from error
+        why = _explain(error, tmp)  # while what was written still fills the disk
+        raise CheckpointWriteError(error.errno, f"the checkpoint {target} could not be written: {why}") from error
     finally:
         shutil.rmtree(tmp, ignore_errors=True)  # after the rename there is none
+
+
+def _make_folder(folder: Path) -> None:
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        _sync_directory(path.parent)
 
 
 def _put_in_place(tmp: Path, target: Path) -> None:
@@ -74,10 +94,38 @@ def _put_in_place(tmp: Path, target: Path) -> None:
         target.rename(aside)
     try:
         tmp.rename(target)
-    except OSError:
+    except BaseException:  # a second Ctrl-C too
         if aside.exists():
             aside.rename(target)
         raise
+    _sync_directory(target.parent)
+    if (aside / INDEX).exists():
+        remove(aside)
+
+
+def remove(directory: Path) -> None:
+    """Delete a checkpoint; killed half-way, it leaves no half of one under its name."""
+    tmp = directory.with_name(f".{directory.name}.old.tmp-{os.getpid()}")
+    directory.rename(tmp)
+    shutil.rmtree(tmp)
+
+
+def _explain(error: OSError, tmp: Path) -> str:
+    """Why a write failed and what to do, for errors of libraries too, which do not say that the disk is full."""
+    there = next(path for path in (tmp, *tmp.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    told = _OS_ERROR.search(str(error))
+    number = int(told[1]) if told else error.errno
+    if number in (errno.ENOSPC, errno.EDQUOT) or free < _FULL:
+        return f"the disk of {tmp.parent} is full ({free // 1024} KiB are left); free some space there"
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    largest = max((path.stat().st_size for path in tmp.rglob("*") if path.is_file()), default=0)
+    if number == errno.EFBIG or largest >= limit != resource.RLIM_INFINITY:
+        return f"no file may be larger than {limit} bytes here; lift the limit (ulimit -f) or choose another disk"
+    reason = " ".join(str(error.strerror or error).split())
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{reason}: {error.filename or there}; make {tmp.parent} writable"
+    return reason
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -133,27 +181,42 @@ def damage(directory: Path) -> str | None:
     except (KeyError, TypeError, AttributeError):
         return f"{INDEX} does not list its files"
     for name, (size, digest) in files.items():
-        path = directory / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, {size} were written"
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                return f"{name} has changed since it was written (sha256 differs)"
+        wrong = _damage_of(directory / name, size, digest)
+        if wrong is not None:
+            return f"{name} {wrong}"
     return None
 
 
+def _damage_of(path: Path, size: int, digest: str) -> str | None:
+    if not path.is_file():
+        return "is missing"
+    if path.stat().st_size != size:
+        return f"has {path.stat().st_size} bytes, {size} were written"
+    try:
+        with path.open("rb") as file:
+            same = hashlib.file_digest(file, "sha256").hexdigest() == digest
+    except OSError as error:  # a bad sector is damage, not the end of the search for a whole one
+        return f"cannot be read: {error.strerror}"
+    return None if same else "has changed since it was written (sha256 differs)"
+
+
 def point_last(folder: Path, target: Path) -> None:
-    """Let `last.ckpt` name `target`, in one step."""
-    tmp = folder / f".{LAST}.tmp-{os.getpid()}"
-    tmp.unlink(missing_ok=True)
-    tmp.symlink_to(target.name)
-    last = folder / LAST
-    if last.is_dir() and not last.is_symlink():  # a run that was copied with its links followed
-        last.rename(_aside(last))
-    os.replace(tmp, last)
-    _sync_directory(folder)
+    """Let `last.ckpt` name `target`, in one step.
+
+    Raises:
+        CheckpointWriteError: It still names what it named.
+    """
+    tmp, last = folder / f".{LAST}.tmp-{os.getpid()}", folder / LAST
+    try:
+        tmp.unlink(missing_ok=True)
+        tmp.symlink_to(target.name)
+        if last.is_dir() and not last.is_symlink():  # a run that was copied with its links followed
+            last.rename(_aside(last))
+        os.replace(tmp, last)
+        _sync_directory(folder)
+    except OSError as error:
+        why = _explain(error, tmp)
+        raise CheckpointWriteError(error.errno, f"{last} could not be made to name {target.name}: {why}") from error
 
 
 def find_last(folder: Path, say: Callable[[str], None]) -> Path | None:
@@ -184,11 +247,13 @@ def set_aside_after(folder: Path, step: int) -> list[Path]:
     moved = [(path, _aside(path)) for number, path in step_directories(folder) if number > step]
     for path, aside in moved:
         path.rename(aside)
+    if moved:
+        _sync_directory(folder)
     return [aside for _, aside in moved]
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed save left under a temporary name."""
+    """Delete what a killed save or removal left under a temporary name."""
     for path in folder.glob(".*.tmp-*"):
         if path.is_symlink() or path.is_file():
             path.unlink()

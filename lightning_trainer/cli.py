@@ -19,11 +19,12 @@ COMMANDS = {
     "check": ("check", "what fit would do with a configuration, and what looks wrong"),
     "inspect": ("inspect", "what the model will see of the first rows"),
     "status": ("status", "how a run stands"),
+    "verify-resume": ("verify_resume", "whether a run that is stopped and resumed ends as if it had not been"),
     "convert": ("convert", "a job's JSON of earlier versions as YAML"),
 }
 """Name -> module of `commands`, and what it does."""
 
-READS_YAML = ("train", "check", "inspect")
+READS_YAML = ("train", "check", "inspect", "verify_resume")
 """Modules whose --config files are looked at before anything heavy is imported."""
 
 USAGE = "\n".join(
@@ -33,7 +34,7 @@ USAGE = "\n".join(
         "Fine-tune causal language models from one YAML.",
         "",
         "commands:",
-        *(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()),
+        *(f"  {name:<13} {text}" for name, (_, text) in COMMANDS.items()),
         "",
         "lightning-trainer fit --print_config   a template of all keys, with their defaults",
         "lightning-trainer COMMAND --help       what each key means",

@@ -110,12 +110,19 @@ def test_a_rename_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: 
     assert (path / "model.safetensors").read_text() == "old"
 
 
-def test_a_directory_already_there_is_moved_aside(tmp_path: Path) -> None:
+def test_a_checkpoint_already_there_gives_way_once_the_new_one_is_whole(tmp_path: Path) -> None:
     path = make(tmp_path, 1, "first")
     make(tmp_path, 1, "second")
-    make(tmp_path, 1, "third")
-    texts = {name: (tmp_path / name / "model.safetensors").read_text() for name in names(tmp_path)}
-    assert texts == {path.name: "third", f"{path.name}.old-1": "first", f"{path.name}.old-2": "second"}
+    assert names(tmp_path) == [path.name]
+    assert (path / "model.safetensors").read_text() == "second"
+
+
+def test_anything_else_already_there_is_moved_aside(tmp_path: Path) -> None:
+    path = tmp_path / checkpoints.step_name(1)
+    path.mkdir()
+    (path / "mine.txt").write_text("not a checkpoint")
+    make(tmp_path, 1, "second")
+    assert (tmp_path / f"{path.name}.old-1" / "mine.txt").read_text() == "not a checkpoint"
     assert checkpoints.step_directories(tmp_path) == [(1, path)]
 
 

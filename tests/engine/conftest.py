@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from fork_server import ForkServer
 
 
 @pytest.fixture
@@ -82,3 +83,27 @@ def weights() -> Callable[[Path], dict[str, Any]]:
 def lines() -> Callable[[Path], list[dict[str, Any]]]:
     """Objects of a JSONL file."""
     return lambda path: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """Starts runs of the command line in a moment, each a process of its own."""
+    cache = tmp_path_factory.mktemp("cache")
+    server = ForkServer({"HF_DATASETS_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def dropout_model(tmp_path_factory: pytest.TempPathFactory, tiny_config: Callable[..., Any], tokenizer: Any) -> Path:
+    """A model directory that draws random numbers in every training step."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    directory = tmp_path_factory.mktemp("dropout") / "model"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = tiny_config(attention_dropout=0.2, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
