@@ -6,9 +6,10 @@ one: until RunCheckpoint answers signals with a checkpoint, they raise `Interrup
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -41,6 +42,44 @@ def interruptible() -> Iterator[None]:
     finally:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
+
+
+def is_interruptible() -> bool:
+    """Whether SIGTERM ends what runs at once: nothing of it is to be saved first."""
+    return signal.getsignal(signal.SIGTERM) in (_raise, signal.SIG_DFL)
+
+
+@contextmanager
+def heard_elsewhere() -> Iterator[Callable[[], int]]:
+    """Let another thread hear of signals: Python answers none while its main thread waits in C, for a rank say.
+
+    Yields:
+        A function that returns SIGINT or SIGTERM, once for each that came, or 0.
+    """
+    if not in_main_thread():
+        yield lambda: 0
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=_stop_telling)  # a worker's signals are not ours
+
+    def heard() -> int:
+        try:
+            return next((signum for signum in os.read(reader, 64) if signum in ANSWERED), 0)
+        except BlockingIOError:
+            return 0
+
+    try:
+        yield heard
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writer)
+
+
+def _stop_telling() -> None:
+    signal.set_wakeup_fd(-1)
 
 
 def _raise(signum: int, frame: FrameType | None) -> None:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
-import random
-import shutil
 import signal
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_trainer import checkpoints
+from lightning_trainer.callbacks import generators
 from lightning_trainer.callbacks.finite import raise_if_nonfinite
 from lightning_trainer.signals import ANSWERED, Interrupted, in_main_thread
 from lightning_trainer.types import InputError
@@ -32,6 +30,12 @@ class RunCheckpoint(Checkpoint):
         monitor: Metric by which the best are kept, e.g. val/loss; null keeps none besides the newest.
         mode: Whether the best monitor is the smallest or the largest.
         save_top_k: How many of the best are kept; -1 keeps all.
+        on_save_failure: stop ends the run when a checkpoint cannot be written, e.g. on a full disk; continue warns
+            and tries again at the next interval. A run's last checkpoint must be written either way.
+
+    Attributes:
+        last_path: The newest checkpoint.
+        save_failures: How often this attempt could not write one.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class RunCheckpoint(Checkpoint):
         monitor: str | None = None,
         mode: Literal["min", "max"] = "min",
         save_top_k: int = 1,
+        on_save_failure: Literal["stop", "continue"] = "stop",
     ) -> None:
         for name, value, least in (
             ("every_n_train_steps", every_n_train_steps, 1),
@@ -51,6 +56,8 @@ class RunCheckpoint(Checkpoint):
                 raise InputError(f"must be at least {least}, not {value}", key=f"checkpoint.{name}")
         self.every_n_train_steps, self.keep_last = every_n_train_steps, keep_last
         self.monitor, self.mode, self.save_top_k = monitor, mode, save_top_k
+        self.on_save_failure = on_save_failure
+        self.save_failures = 0
         self.best: list[tuple[float, int]] = []
         self.last_path: Path | None = None
         self._saved_step = -1
@@ -59,7 +66,7 @@ class RunCheckpoint(Checkpoint):
         self._boundary: tuple[int, dict[str, Any]] | None = None
         self._validation_due = False
         self._save_after_validation = False
-        self._rng: dict[str, Any] | None = None
+        self._rng: list[dict[str, Any]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Clear away what a killed save left behind."""
@@ -81,23 +88,22 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the signals, put the random generators where they were, make up for a validation cut short."""
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            for path in checkpoints.set_aside_after(self._folder(trainer), trainer.global_step):
-                trainer.print(f"a checkpoint of a later step, from before this start, is now {path.name}")
         for signum in self._handlers:
             signal.signal(signum, self._on_signal)
         # The loaders may have been made before the checkpoint was read (to count the steps for a schedule); Lightning
         # then forgets to hand them their state.
         loop = trainer.fit_loop
-        loop._load_combined_loader_states()
+        loop._load_combined_loader_states()  # may refuse: nothing is moved before it
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            for path in checkpoints.set_aside_after(self._folder(trainer), trainer.global_step):
+                trainer.print(f"a checkpoint of a later step, from before this start, is now {path.name}")
         epochs: Any = loop.epoch_progress.current
         if loop.restarted_mid_epoch and epochs.processed == epochs.ready:
             # Saved at an epoch's last batch: the next epoch is a new one, which Lightning would not count, so that
             # the counters of the checkpoint after this one would not tell where it stands.
             loop.reset_restart_stage()
-        if self._rng is not None:
-            _set_rng(self._rng)
-            self._rng = None
+        generators.restore(trainer, self._rng)
+        self._rng = []
         if self._validation_due:
             self._validation_due = False
             _validate_now(trainer)
@@ -145,14 +151,14 @@ class RunCheckpoint(Checkpoint):
             [*self.best, (float(score), trainer.global_step)],
             key=lambda entry: math.inf if math.isnan(entry[0]) else sign * entry[0],
         )
-        self.best = ranked if self.save_top_k == -1 else ranked[: self.save_top_k]
-        if any(step == trainer.global_step for _, step in self.best):
-            self.save(trainer)
+        before, self.best = self.best, ranked if self.save_top_k == -1 else ranked[: self.save_top_k]
+        if any(step == trainer.global_step for _, step in self.best) and not self.save(trainer):
+            self.best = before  # what is not on disk must not push out what is
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The end of a run is always saved."""
         if trainer.global_step and trainer.global_step != self._saved_step:
-            self.save(trainer)
+            self.save(trainer, must=True)
         self._end_if_asked(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -182,53 +188,91 @@ class RunCheckpoint(Checkpoint):
             return
         trainer.print(f"{signal.Signals(signum).name}: saving a checkpoint at optimizer step {trainer.global_step}")
         if trainer.global_step and trainer.global_step != self._saved_step:
-            self.save(trainer)
+            self.save(trainer, must=True)
         raise Interrupted(signum)
 
-    def save(self, trainer: Trainer) -> None:
+    def save(self, trainer: Trainer, must: bool = False) -> bool:
         """Write a checkpoint of this optimizer step, let `last.ckpt` name it, delete what is no longer kept.
+
+        Args:
+            trainer: Of the run. All ranks call this.
+            must: A failure ends the run, whatever `on_save_failure` says.
+
+        Returns:
+            Whether it is there.
 
         Raises:
             NonFiniteError: Some update since the last checkpoint was not finite.
             CheckpointWriteError: It could not be written; the previous one is intact.
         """
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
+            return True
         raise_if_nonfinite(trainer)
-        for logger in trainer.loggers:
-            flush = getattr(getattr(logger, "experiment", None), "flush", None)
-            if flush is not None:
-                flush()  # what the checkpoint has behind it must be on disk too, or a kill leaves a gap in the curves
         path = self._folder(trainer) / checkpoints.step_name(trainer.global_step)
-        if trainer.global_step != self._saved_step:
-            self._write(trainer, path)
+        # Only rank 0 writes; all must end together, or go on together.
+        number, failure = trainer.strategy.broadcast(self._try_to_save(trainer, path))
+        if failure is not None:
+            self._failed(trainer, number, failure, must)
+            return False
         self._saved_step, self.last_path = trainer.global_step, path
         if trainer.is_global_zero:
-            checkpoints.point_last(path.parent, path)
             self._prune(path.parent)
         trainer.strategy.barrier("RunCheckpoint.save")
+        return True
 
-    def _write(self, trainer: Trainer, path: Path) -> None:
+    def _try_to_save(self, trainer: Trainer, path: Path) -> tuple[int, str | None]:
+        """(errno, message) of what failed on this rank."""
+        # A checkpoint of this step that the run was resumed from may stand in another run's directory.
+        there = trainer.global_step == self._saved_step and _is(path, self.last_path)
+        try:
+            for logger in trainer.loggers:
+                flush = getattr(getattr(logger, "experiment", None), "flush", None)
+                if flush is not None:
+                    flush()  # what the checkpoint has behind it must be on disk too: a kill leaves no gap in the curves
+            if not there:
+                self._write(trainer, path)
+            if trainer.is_global_zero:
+                checkpoints.point_last(path.parent, path)
+        except OSError as error:
+            return error.errno or 0, str(error)
+        return 0, None
+
+    @staticmethod
+    def _write(trainer: Trainer, path: Path) -> None:
         try:
             trainer.save_checkpoint(path)
-        except checkpoints.CheckpointWriteError as error:
-            left = f"the last one, {self.last_path}, is intact" if self.last_path else "there is none before it"
-            raise checkpoints.CheckpointWriteError(error.errno, f"{error.strerror}; {left}") from error
+        except checkpoints.CheckpointWriteError:
+            trainer.strategy.barrier("Trainer.save_checkpoint")  # where the ranks that do not write wait
+            raise
 
-    @rank_zero_only
+    def _failed(self, trainer: Trainer, number: int, failure: str, must: bool) -> None:
+        self.save_failures += 1
+        left = f"the last one, {self.last_path}, is intact" if self.last_path else "there is none before it"
+        if must or self.on_save_failure == "stop":
+            way = "; --ckpt_path last goes on from it" if self.last_path else ""
+            raise checkpoints.CheckpointWriteError(number, f"{failure}; {left}{way}")
+        rank_zero_warn(
+            f"optimizer step {trainer.global_step}: {failure}; {left}. Failure {self.save_failures} of this attempt; "
+            "training goes on (checkpoint.on_save_failure: continue) and tries again at the next interval"
+        )
+
     def _prune(self, folder: Path) -> None:
         keep = {step for _, step in self.best}
         for step, path in checkpoints.step_directories(folder)[: -self.keep_last]:
-            if step not in keep and path != self.last_path:
-                shutil.rmtree(path)
+            if step in keep or path == self.last_path:
+                continue
+            try:
+                checkpoints.remove(path)
+            except OSError as error:  # the new one is safe: no reason to end a run
+                rank_zero_warn(f"{path} should no longer be kept and could not be deleted: {error}")
 
     @staticmethod
     def _folder(trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir) / "checkpoints"
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the random generators and where the run stands, to every checkpoint, whoever makes it."""
-        checkpoint["rng"] = _get_rng()
+        """Add every rank's random generators and where the run stands, to every checkpoint, whoever makes it."""
+        checkpoint["rng"] = generators.states_of_ranks(trainer)
         checkpoint["validation_due"] = self._validation_due
         checkpoint["mid_window"] = trainer.fit_loop.epoch_loop._should_accumulate()
         if self._boundary is not None and self._boundary[0] == trainer.global_step:
@@ -248,7 +292,7 @@ class RunCheckpoint(Checkpoint):
                 "lost); resume from one of checkpoints/step=*.ckpt",
                 key="ckpt_path",
             )
-        self._rng = checkpoint.get("rng")
+        self._rng = checkpoint.get("rng", [])
         self._validation_due = bool(checkpoint.get("validation_due"))
         self._saved_step, self.last_path = int(checkpoint["global_step"]), checkpoint.get("directory")
 
@@ -261,6 +305,10 @@ class RunCheckpoint(Checkpoint):
         self.best = [(float(score), int(step)) for score, step in state_dict["best"]]
 
 
+def _is(path: Path, other: Path | None) -> bool:
+    return other is not None and path.resolve() == other.resolve()
+
+
 def _validate_now(trainer: Trainer) -> None:
     """Run the validation that was due when the checkpoint was made, as the training loop would have."""
     trainer.print("the checkpoint was made before a validation that was due; it is made up for now")
@@ -269,25 +317,3 @@ def _validate_now(trainer: Trainer) -> None:
     trainer.validating = True
     loop.run()
     trainer.training = True
-
-
-def _get_rng() -> dict[str, Any]:
-    """States of all random generators, in types that `torch.load(weights_only=True)` takes."""
-    state: Any = np.random.get_state()
-    name, keys, *rest = state
-    return {
-        "python": random.getstate(),
-        "numpy": [name, keys.tolist(), *rest],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def _set_rng(states: dict[str, Any]) -> None:
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])

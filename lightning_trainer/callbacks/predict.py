@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,6 @@ class PredictionWriter(Callback):
 
     def __init__(self, max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0) -> None:
         self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
-        self._written = 0
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a new file."""
@@ -34,7 +35,8 @@ class PredictionWriter(Callback):
         )
         self._path = Path(trainer.default_root_dir) / "predictions.jsonl"
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._tmp = self._path.with_name(f".{self._path.name}.tmp")
+        self._parts = [self._path.with_name(f".{self._path.name}.tmp-{rank}") for rank in range(trainer.world_size)]
+        self._tmp = self._parts[trainer.global_rank]
         self._tmp.write_text("", encoding="utf-8")
 
     def on_predict_batch_end(
@@ -47,10 +49,13 @@ class PredictionWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Answer one batch of conversations."""
+        if not batch:
+            return
+        number = batch_idx * trainer.world_size + trainer.global_rank
         module: Any = pl_module
         requests = [self._prompter.request_of(row, row["origin"]) for row in batch]
         sampling = self._prompter.sampling(
-            max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed + batch_idx
+            max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed + number
         )
         answers = generate(module.causal_lm, requests, sampling)
         with self._tmp.open("a", encoding="utf-8") as file:
@@ -66,9 +71,22 @@ class PredictionWriter(Callback):
                     "check": vars(check),
                 }
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._written += len(requests)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the file in place."""
-        self._tmp.replace(self._path)
-        trainer.print(f"{self._written} answers in {self._path}")
+        """Put the file together, in the order of the rows, and in place."""
+        trainer.strategy.barrier("PredictionWriter")
+        if not trainer.is_global_zero:
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        whole = self._path.with_name(f".{self._path.name}.tmp")
+        with ExitStack() as stack:
+            file = stack.enter_context(whole.open("w", encoding="utf-8"))
+            parts = cycle([stack.enter_context(part.open(encoding="utf-8")) for part in self._parts])
+            written = 0
+            while lines := list(islice(next(parts), data.batch_size)):
+                file.writelines(lines)
+                written += len(lines)
+        whole.replace(self._path)
+        for part in self._parts:
+            part.unlink()
+        trainer.print(f"{written} answers in {self._path}")

@@ -26,7 +26,7 @@ class TrainLog(Callback):
 
     def __init__(self) -> None:
         self.last: dict[str, float] = {}
-        self._tokens = self._trained = self._step_tokens = 0
+        self._batches = self._tokens = self._trained = self._step_tokens = 0
         self._sample: UpdateSample | None = None
         self._seconds = self._started = self._waited = self._rate = 0.0
 
@@ -38,8 +38,9 @@ class TrainLog(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count, and log at log steps."""
-        if isinstance(batch, Batch) and batch.row_ids:
-            self._tokens += sum(batch.example_lengths)
+        if isinstance(batch, Batch):
+            self._batches += 1
+            self._tokens += sum(batch.example_lengths) if batch.row_ids else 0
             self._trained += len(batch.targets)
         stepped = not trainer.fit_loop.epoch_loop._should_accumulate()
         due = stepped and self._is_due(trainer, trainer.global_step)
@@ -66,21 +67,27 @@ class TrainLog(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The last step is logged in any case."""
-        if self._tokens:
+        if self._batches:  # as many on every rank: all of them log, or none
             raise_if_nonfinite(trainer)
             self._log(trainer, pl_module)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What was counted since the last log step."""
-        return {"tokens": self._tokens, "trained": self._trained, "seconds": self._seconds}
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """What was counted since the last log step, by all ranks."""
+        tokens, trained = _sums(trainer, [self._tokens, self._trained])
+        counted = {"batches": self._batches, "tokens": int(tokens), "trained": int(trained), "seconds": self._seconds}
+        checkpoint["train_log"] = counted
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
-        self._tokens, self._trained = state_dict["tokens"], state_dict["trained"]
-        self._seconds = state_dict["seconds"]
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Go on counting; what all ranks had counted is taken up by the first."""
+        counted = checkpoint.get("train_log", {})
+        self._batches = counted.get("batches", 0)
+        if trainer.is_global_zero:
+            self._tokens, self._trained = counted.get("tokens", 0), counted.get("trained", 0)
+            self._seconds = counted.get("seconds", 0.0)
 
     def _log(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
-        tokens, trained, nats = self._totals(trainer, module)
+        nats = float(getattr(module, "step_nats", 0.0))
+        tokens, trained, nats = _sums(trainer, [self._tokens, self._trained, nats])
         waited = getattr(trainer.train_dataloader, "wait_seconds", 0.0)
         seconds, self._waited = self._seconds + waited - self._waited, waited
         metrics = {
@@ -95,20 +102,19 @@ class TrainLog(Callback):
             self._sample = None
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
-        self._tokens = self._trained = 0
+        self._batches = self._tokens = self._trained = 0
         self._seconds = 0.0
         self.last = metrics
         return metrics
 
-    def _totals(self, trainer: Trainer, module: LightningModule) -> list[float]:
-        """Tokens, trained tokens, and nats of the last step, over all ranks."""
-        nats = float(getattr(module, "step_nats", 0.0))
-        counted = [float(self._tokens), float(self._trained), nats]
-        if trainer.world_size == 1:
-            return counted
-        here = torch.tensor(counted, dtype=torch.float64, device=trainer.strategy.root_device)
-        summed: list[float] = trainer.strategy.reduce(here, reduce_op="sum").tolist()
-        return summed
+
+def _sums(trainer: Trainer, counted: list[float]) -> list[float]:
+    """Sums over all ranks."""
+    if trainer.world_size == 1:
+        return counted
+    here = torch.tensor(counted, dtype=torch.float64, device=trainer.strategy.root_device)
+    summed: list[float] = trainer.strategy.reduce(here, reduce_op="sum").tolist()
+    return summed
 
 
 def _precision_metrics(trainer: Trainer) -> dict[str, float]:

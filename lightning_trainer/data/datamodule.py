@@ -188,7 +188,8 @@ class ChatDataModule(lightning.LightningDataModule):
             conversations.append({**conversation, "origin": f"{row.file}:{row.line}"})
         if not conversations:
             raise InputError("there are no rows", key="data.predict_path")
-        return ConversationBatches(conversations, self.batch_size)
+        assert self.trainer is not None
+        return ConversationBatches(conversations, self.batch_size, self.trainer.global_rank, self.trainer.world_size)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move a batch without waiting for the device."""

@@ -111,16 +111,23 @@ class PlannedLoader:
 
 
 class ConversationBatches:
-    """Conversations, a list of at most `batch_size` at a time."""
+    """Conversations, a list of at most `batch_size` at a time; the ranks take turns.
 
-    def __init__(self, conversations: Sequence[dict[str, Any]], batch_size: int) -> None:
+    All ranks have as many: the last list of some may be empty.
+    """
+
+    def __init__(
+        self, conversations: Sequence[dict[str, Any]], batch_size: int, rank: int = 0, world_size: int = 1
+    ) -> None:
         self.conversations, self.batch_size = conversations, batch_size
+        self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
-        return -(-len(self.conversations) // self.batch_size)
+        return -(-len(self.conversations) // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        for start in range(0, len(self.conversations), self.batch_size):
+        for turn in range(len(self)):
+            start = (turn * self.world_size + self.rank) * self.batch_size
             yield list(self.conversations[start : start + self.batch_size])
 
 

@@ -4,7 +4,10 @@ Every rank computes the same plan and takes its part of it, so the data order ne
 on how many micro-batches or ranks an optimizer step is split into, and resumes from two numbers.
 
     rows of the epoch, shuffled:   r0 r1 r2 r3 | r4 r5 r6 r7 | r8
-    batch_size 2, 2 ranks:         rank 0: (r0 r1) (r4 r5) (r8)     rank 1: (r2 r3) (r6 r7) ()
+    their tokens:                   9  8  2  1 |  5  5  5  5 |  3
+    batch_size 2, 2 ranks:         rank 0: (r0 r3) (r4 r6) (r8)     rank 1: (r1 r2) (r5 r7) ()
+
+What a step trains on does not depend on the ranks; which of them takes a row does not change the sum.
 """
 
 from __future__ import annotations
@@ -46,12 +49,14 @@ class EpochPlan:
 
     Attributes:
         rows: Every row of the epoch.
+        row_tokens: Tokens of each row.
         step_tokens: For each micro-batch, the trained tokens of the whole optimizer step it belongs to.
         unlimited: Micro-batches there would be without the layout's limit.
     """
 
     layout: Layout
     rows: Rows
+    row_tokens: Ints
     step_tokens: Ints
     unlimited: int
 
@@ -62,11 +67,33 @@ class EpochPlan:
         """Examples of one rank's micro-batch; empty where the last rows do not reach this rank."""
         size, world = self.layout.batch_size, self.layout.world_size
         first, last = batch * size * world, min((batch + 1) * size * world, len(self.rows))
-        if last - first == size * world:
-            mine = range(first + rank * size, first + (rank + 1) * size)
-        else:
-            mine = range(first + rank, last, world)
-        return np.concatenate([self.rows[row] for row in mine]) if len(mine) else np.empty(0, dtype=np.int64)
+        mine = np.flatnonzero(deal(self.row_tokens[first:last], world, size) == rank) + first
+        return np.concatenate([self.rows[row] for row in mine.tolist()]) if len(mine) else np.empty(0, dtype=np.int64)
+
+
+def deal(tokens: Ints, ranks: int, most: int) -> Ints:
+    """Share rows out so that ranks, which wait for each other, have about equally many tokens.
+
+    The longest first, each to the rank with the fewest tokens so far; of several the one with the fewest rows.
+
+    Args:
+        tokens: Of each row; at most `ranks * most` rows.
+        ranks: How many share them.
+        most: Rows a rank takes at most.
+
+    Returns:
+        The rank of each row.
+    """
+    taken_by = np.zeros(len(tokens), dtype=np.int64)
+    if ranks == 1:
+        return taken_by
+    loads, counts = [0] * ranks, [0] * ranks
+    for row in np.argsort(-tokens, kind="stable").tolist():
+        rank = min((r for r in range(ranks) if counts[r] < most), key=lambda r: (loads[r], counts[r], r))
+        taken_by[row] = rank
+        loads[rank] += int(tokens[row])
+        counts[rank] += 1
+    return taken_by
 
 
 def plan_epoch(lengths: Ints, trained: Ints, layout: Layout, epoch: int) -> EpochPlan:
@@ -89,7 +116,8 @@ def plan_epoch(lengths: Ints, trained: Ints, layout: Layout, epoch: int) -> Epoc
     unlimited = -(-len(rows) // group)
     limit = layout.limit
     batches = min(unlimited, limit) if isinstance(limit, int) else int(unlimited * limit)
-    return EpochPlan(layout, rows, _step_tokens(rows.sums(trained), layout, batches), unlimited)
+    step_tokens = _step_tokens(rows.sums(trained), layout, batches)
+    return EpochPlan(layout, rows, rows.sums(lengths), step_tokens, unlimited)
 
 
 def _step_tokens(row_tokens: Ints, layout: Layout, batches: int) -> Ints:

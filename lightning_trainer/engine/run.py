@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from lightning_trainer.callbacks import NonFiniteError
 from lightning_trainer.checkpoints import CheckpointWriteError
+from lightning_trainer.engine.launcher import RankFailed
 from lightning_trainer.engine.trainer_cli import TrainerCLI
 from lightning_trainer.precision.single_dtype import DtypeError
 
@@ -56,7 +57,7 @@ def run_command(args: list[str]) -> str:
         cli = TrainerCLI(args)
         try:
             cli.run()
-        except (NonFiniteError, CheckpointWriteError, DtypeError) as error:
+        except (NonFiniteError, CheckpointWriteError, DtypeError, RankFailed) as error:
             raise FailedRun(str(error)) from error
         return cli.summary()
 

@@ -31,6 +31,7 @@ from lightning_trainer.data import ChatDataModule
 from lightning_trainer.engine.checkpoint_io import DirectoryCheckpointIO
 from lightning_trainer.engine.config.config_file import ConfigError
 from lightning_trainer.engine.config.parser import ConfigParser
+from lightning_trainer.engine.launcher import look_after_ranks
 from lightning_trainer.engine.logger import RunLogger
 from lightning_trainer.engine.run_directory import RunDirectory, check_unchanged, rank
 from lightning_trainer.engine.run_record import RunRecord
@@ -229,9 +230,11 @@ class TrainerCLI(LightningCLI):
             config["max_epochs"] = 1
         callbacks = self._callbacks(config)
         try:
-            return self._instantiate_trainer({**config, "callbacks": callbacks}, [])
+            trainer = self._instantiate_trainer({**config, "callbacks": callbacks}, [])
         except (MisconfigurationException, ValueError) as error:
             raise InputError(str(error), key="trainer") from error
+        look_after_ranks(trainer)
+        return trainer
 
     def _logger(self, given: Any) -> Any:
         if given in (None, True):

@@ -280,7 +280,9 @@ class CausalLMModule(lightning.LightningModule):
         }
         fitting = self.trainer.state.fn == "fit"
         for key, value in metrics.items():
-            self.log(key, value, logger=False if fitting else None, prog_bar=key == "val/loss")
+            # The largest of equals: a mean over three ranks could round. Without `sync_dist` Lightning warns.
+            quiet, shown = False if fitting else None, key == "val/loss"
+            self.log(key, value, logger=quiet, prog_bar=shown, sync_dist=True, reduce_fx="max")
         if fitting:  # where Lightning's own step is one short of ours
             found = {key: float(value) for key, value in metrics.items()}
             for logger in self.trainer.loggers:
