@@ -138,7 +138,7 @@ def load_model(
     dtype: torch.dtype,
     *,
     from_scratch: bool = False,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
     quantization: QuantizationSettings | None = None,
     device: torch.device | None = None,
 ) -> PreTrainedModel:
@@ -148,7 +148,7 @@ def load_model(
         pretrained: Directory or Hub id; for an adapter's directory its base is loaded, without it.
         dtype: Of every parameter, except those the architecture declares must stay fp32.
         from_scratch: Random weights from the configuration; takes its randomness from torch's global generator.
-        attn_implementation: A name of transformers' attention interface.
+        attn_implementation: A name of transformers' attention interface; None leaves the choice to the architecture.
         quantization: Pack the linear layers' weights, once loaded.
         device: Where a quantised model is packed.
 
@@ -169,11 +169,19 @@ def load_model(
         )
     except (ValueError, ImportError) as error:
         raise InputError(str(error), key="model.attn_implementation") from error
+    except KeyError as error:
+        raise _unknown_attention(config, attn_implementation) from error
     return model
 
 
+def _unknown_attention(config: PretrainedConfig, name: str | None) -> InputError:
+    return InputError(
+        f"{config.model_type} does not take attention {name!r}; sdpa or eager may do", key="model.attn_implementation"
+    )
+
+
 def _load_weights(
-    pretrained: str, config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str, **packed: Any
+    pretrained: str, config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str | None, **packed: Any
 ) -> PreTrainedModel:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -189,6 +197,8 @@ def _load_weights(
                 output_loading_info=True,
                 **packed,
             )
+    except KeyError as error:
+        raise _unknown_attention(config, attn_implementation) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"no weights could be loaded from {pretrained!r} (model.from_scratch: true takes random ones): {error}",
@@ -276,7 +286,7 @@ def save_weights(
 
     config = copy.deepcopy(like.config)
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=like.dtype, attn_implementation="sdpa")
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=like.dtype)
     model.load_state_dict(weights, strict=True, assign=True)
     model.tie_weights()
     model.generation_config = like.generation_config
@@ -289,5 +299,5 @@ def load_state_dict(directory: Path, model: PreTrainedModel) -> dict[str, Any]:
     They are read as any user would read them, so that renaming and tying done by the architecture are undone right.
     """
     dtype = next(model.parameters()).dtype
-    saved = _load_weights(str(directory), model.config, dtype, "sdpa")
+    saved = _load_weights(str(directory), model.config, dtype, None)
     return dict(saved.state_dict())

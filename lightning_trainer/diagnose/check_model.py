@@ -78,11 +78,9 @@ def empty_model(module: CausalLMModule, dtype: torch.dtype, packing: bool) -> Pr
         InputError: There is no configuration, it takes no such attention, or no such adapters.
     """
     attention.register()
-    asked = module.attn_implementation
-    auto = attention.PACKED if packing else "sdpa"
     with torch.device("meta"):
         model = pretrained.load_model(
-            module.pretrained, dtype, from_scratch=True, attn_implementation=auto if asked == "auto" else asked
+            module.pretrained, dtype, from_scratch=True, attn_implementation=module.attention(packing)
         )
         if module.lora is not None:
             adapters.put_in(model, module.lora, module.pretrained)

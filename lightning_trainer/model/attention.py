@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 PACKED = "lightning_trainer_packed"
 
@@ -102,6 +103,21 @@ def _window_mask(query: Tensor, window: int | None) -> Tensor | None:
     places = torch.arange(length, device=query.device)
     distance = places[:, None] - places[None, :]
     return (distance >= 0) & (distance < window)
+
+
+def choose(config: PretrainedConfig, packed: bool) -> str | None:
+    """The attention that suits an architecture; None is transformers' own choice, sdpa or else eager.
+
+    Args:
+        config: Of the model.
+        packed: Rows hold several examples. Where the architecture cannot take `PACKED`, its own masks may still keep
+            them apart, which the probe finds out.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    takes_ours = known is None or (known._supports_attention_backend and known._supports_sdpa)
+    return PACKED if packed and takes_ours else None
 
 
 def register() -> None:

@@ -36,8 +36,8 @@ class CausalLMModule(lightning.LightningModule):
         pretrained: Directory or Hub id of the model.
         from_scratch: Random weights from the configuration found at `pretrained`, instead of its weights.
         tokenizer: Directory or Hub id; null: the one at `pretrained`.
-        attn_implementation: auto: for packed rows attention within each example, else sdpa; any name that
-            transformers knows is taken as it is.
+        attn_implementation: auto: for packed rows attention within each example, where the architecture takes it;
+            else transformers' choice, sdpa or eager. Any name that transformers knows is taken as it is.
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
         loss: chunked never holds all logits; full does. The number is the same.
         lora: Train adapters on the model, which itself stays as it is; null trains all of it. `pretrained` may be
@@ -98,7 +98,7 @@ class CausalLMModule(lightning.LightningModule):
             self.pretrained,
             self._run_dtype(),
             from_scratch=self.from_scratch,
-            attn_implementation=self._attention(),
+            attn_implementation=self.attention(self._packs()),
             quantization=self.quantization,
             device=self.trainer.strategy.root_device,
         )
@@ -138,10 +138,11 @@ class CausalLMModule(lightning.LightningModule):
             )
         return plugin.dtype
 
-    def _attention(self) -> str:
+    def attention(self, packed: bool) -> str | None:
+        """Name of the attention the model is built with; None is transformers' own choice."""
         if self.attn_implementation != "auto":
             return self.attn_implementation
-        return attention.PACKED if self._packs() else "sdpa"
+        return attention.choose(hub.load_config(self.pretrained), packed)
 
     def _packs(self) -> bool:
         return bool(getattr(getattr(self.trainer, "datamodule", None), "packing", False))

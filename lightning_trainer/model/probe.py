@@ -78,7 +78,7 @@ def refuse_leaks(model: PreTrainedModel) -> None:
         found = packing_leak(model)
     except InputError:
         raise
-    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+    except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError, KeyError) as error:
         raise InputError(f"{_name(model)} cannot take packed rows: {error}; {WAY_OUT}", key="data.packing") from error
     if not found.holds(model.dtype):
         raise InputError(f"{_name(model)} lets packed examples see each other: {found}; {WAY_OUT}", key="data.packing")

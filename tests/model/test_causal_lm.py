@@ -8,9 +8,13 @@ import lightning
 import numpy as np
 import pytest
 import torch
+import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lightning_trainer import pretrained
 from lightning_trainer.data.collate import Collator
+from lightning_trainer.data.sampler import Layout, plan_epoch
 from lightning_trainer.model import CausalLMModule, WarmupConstant, attention
 from lightning_trainer.precision import SingleDtypePrecision
 from lightning_trainer.types import Batch, InputError
@@ -41,10 +45,10 @@ class Planned(lightning.LightningDataModule):
     def __init__(self, rows: list[Any], windows: list[list[list[int]]], packing: bool = True) -> None:
         super().__init__()
         self.packing, self.batches = packing, []
-        collate = Collator(rows, packing, pad_id=0)  # type: ignore[arg-type]
+        self.collate = Collator(rows, packing, pad_id=0)  # type: ignore[arg-type]
         for window in windows:
             trained = sum(int(rows[i][1].sum()) for micro in window for i in micro)
-            self.batches += [collate(np.array(micro), trained) for micro in window]
+            self.batches += [self.collate(np.array(micro), trained) for micro in window]
 
     def train_dataloader(self) -> Any:
         return _Batches(self.batches)
@@ -114,13 +118,20 @@ def sgd(params: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=LR)
 
 
+def still(params: Any) -> torch.optim.Optimizer:
+    """Steps that move nothing: every one has the same weights beneath it."""
+    return torch.optim.SGD(params, lr=0.0)
+
+
 def flat(optimizer: Any) -> WarmupConstant:
     return WarmupConstant(optimizer, warmup_steps=0)
 
 
-def fit(tmp_path: Path, model_dir: Path, data: Planned, accumulate: int, **kwargs: Any) -> tuple[Any, Watch]:
+def fit(
+    tmp_path: Path, model_dir: Path, data: Planned, accumulate: int, optimizer: Any = sgd, **kwargs: Any
+) -> tuple[Any, Watch]:
     options = {k: kwargs.pop(k) for k in ("loss", "gradient_checkpointing") if k in kwargs}
-    module = CausalLMModule(str(model_dir), optimizer=sgd, lr_scheduler=flat, **options)
+    module = CausalLMModule(str(model_dir), optimizer=optimizer, lr_scheduler=flat, **options)
     watch = Watch()
     make_trainer(tmp_path, watch, accumulate_grad_batches=accumulate, **kwargs).fit(module, data)
     return module, watch
@@ -142,6 +153,56 @@ def close(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
     assert got.keys() == want.keys()
     for name, grad in want.items():
         torch.testing.assert_close(got[name], grad, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@st.composite
+def any_rows(draw: st.DrawFn) -> list[Any]:
+    """Token rows of up to 20 tokens, trained at one or more places, the first excepted."""
+    rows = []
+    for _ in range(draw(st.integers(1, 8))):
+        marks = [0, *draw(st.lists(st.integers(0, 1), min_size=1, max_size=19))]
+        marks[draw(st.integers(1, len(marks) - 1))] = 1
+        ids = draw(st.lists(st.integers(0, 383), min_size=len(marks), max_size=len(marks)))
+        rows.append((np.array(ids, dtype=np.int32), np.array(marks, dtype=np.uint8)))
+    return rows
+
+
+@given(
+    rows=any_rows(),
+    batch_size=st.integers(1, 3),
+    accumulate=st.integers(1, 4),
+    ranks=st.integers(1, 3),
+    pack_to=st.sampled_from([None, 20, 45]),
+    loss=st.sampled_from(["chunked", "full"]),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_rows_packs_and_splits_train_like_one_row_after_the_other(
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    rows: list[Any],
+    batch_size: int,
+    accumulate: int,
+    ranks: int,
+    pack_to: int | None,
+    loss: str,
+    seed: int,
+) -> None:
+    """Loss and gradient of every optimizer step; a rank's share is one more micro-batch here."""
+    lengths = np.array([len(ids) for ids, _ in rows])
+    trained = np.array([int(marks.sum()) for _, marks in rows])
+    plan = plan_epoch(lengths, trained, Layout(batch_size, accumulate, ranks, pack_to, seed=seed), epoch=0)
+    shares = [plan.examples(batch, rank) for batch in range(len(plan)) for rank in range(ranks)]
+    assert sorted(np.concatenate(shares).tolist()) == list(range(len(rows)))
+    steps = [shares[first : first + accumulate * ranks] for first in range(0, len(shares), accumulate * ranks)]
+    data = Planned(rows, [], packing=pack_to is not None)
+    data.batches = [data.collate(share, int(plan.step_tokens[n // ranks])) for n, share in enumerate(shares)]
+    _, watch = fit(tmp_path, tiny_model_dir, data, accumulate * ranks, optimizer=still, loss=loss)
+    plain = pretrained.load_model(str(tiny_model_dir), torch.float32)
+    for step, nats, got in zip(steps, watch.nats, watch.raw, strict=True):
+        wanted, gradient = reference(plain, [rows[i] for i in np.concatenate(step).astype(int)])
+        assert nats == pytest.approx(float(wanted), rel=1e-5)
+        close(got, gradient)
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -213,6 +274,32 @@ def test_packed_training_takes_our_attention_and_padded_sdpa(tmp_path: Path, tin
     for packing, want in ((True, attention.PACKED), (False, "sdpa")):
         module, _ = fit(tmp_path, tiny_model_dir, Planned(token_rows(2), [[[0, 1]]], packing), 1)
         assert module.model.config._attn_implementation == want
+
+
+@pytest.fixture
+def gemma2_dir(tmp_path: Path, tokenizer: Any) -> Path:
+    config = transformers.Gemma2Config(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    directory = tmp_path / "gemma2"
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_model_that_takes_neither_ours_nor_sdpa_is_trained_eager(
+    packing: bool, tmp_path: Path, gemma2_dir: Path
+) -> None:
+    """Soft-capped scores: eager masks keep packed examples apart, which the probe has asked."""
+    module, _ = fit(tmp_path, gemma2_dir, Planned(token_rows(2), [[[0, 1]]], packing), 1, loss="full")
+    assert module.model.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -338,8 +425,6 @@ def test_a_run_without_an_end_is_refused_in_words(tmp_path: Path, tiny_model_dir
 
 
 def test_a_leaking_model_is_refused_before_the_first_step(tmp_path: Path, tokenizer: Any) -> None:
-    import transformers
-
     config = transformers.GptOssConfig(
         vocab_size=384, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1, pad_token_id=0,
