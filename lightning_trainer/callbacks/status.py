@@ -69,6 +69,7 @@ class StatusFile(Callback):
         self._forget()
 
     def _forget(self) -> None:
+        self._placed = False
         self._step: _Step | None = None
         self._written: int | None = None
         self._clock = 0.0
@@ -107,8 +108,11 @@ class StatusFile(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where the run stands, now that the checkpoint is read and the steps are counted."""
-        if not self._active:
-            return
+        if self._active:
+            self._place(trainer)
+
+    def _place(self, trainer: Trainer) -> None:
+        self._placed = True
         begun = dict.fromkeys(MEASURED) if trainer.global_step == 0 else {}
         known, self._checkpoint = self._checkpoint or begun, None
         with self._guard():
@@ -178,6 +182,8 @@ class StatusFile(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say that the run is through."""
+        if self._active and not self._placed:  # nothing was left to train
+            self._place(trainer)
         self._end(trainer, "completed")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

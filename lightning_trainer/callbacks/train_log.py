@@ -75,12 +75,12 @@ class TrainLog(Callback):
         """What was counted since the last log step, by all ranks."""
         tokens, trained = _sums(trainer, [self._tokens, self._trained])
         counted = {"batches": self._batches, "tokens": int(tokens), "trained": int(trained), "seconds": self._seconds}
-        checkpoint["train_log"] = counted
+        checkpoint["train_log"] = {**counted, "last": self.last}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Go on counting; what all ranks had counted is taken up by the first."""
         counted = checkpoint.get("train_log", {})
-        self._batches = counted.get("batches", 0)
+        self._batches, self.last = counted.get("batches", 0), counted.get("last", {})
         if trainer.is_global_zero:
             self._tokens, self._trained = counted.get("tokens", 0), counted.get("trained", 0)
             self._seconds = counted.get("seconds", 0.0)

@@ -83,7 +83,11 @@ class RankLauncher(_SubprocessScriptLauncher):
         with heard_elsewhere() as heard:
             threading.Thread(target=self._watch, args=(over, heard), name="ranks", daemon=True).start()
             try:
-                return function(*args, **kwargs)
+                result = function(*args, **kwargs)
+                over.set()
+                # To one that has more to do, the end of this process would look like a failure.
+                _wait_for(self._have_ended, GRACE_WHILE_TRAINING)
+                return result
             except BaseException as error:
                 over.set()
                 cause = self._cause(error)

@@ -68,6 +68,8 @@ def quiet_stack() -> Iterator[None]:
     loggers = [logging.getLogger(f"lightning.{name}") for name in SPEAKERS]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*LeafSpec.*deprecated.*")
+        # LightningCLI 2.6 calls names that jsonargparse has given up; `-W error` would end the run.
+        warnings.filterwarnings("ignore", message=r"(?s).*(JsonargparseDeprecationWarning|deprecated in v4\.)")
         # The first and the last step are logged in any case, and callbacks may be swapped on resume.
         warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
         warnings.filterwarnings("ignore", message="This DataLoader will create")  # our batches cost next to nothing

@@ -54,8 +54,11 @@ class RunDirectory:
             InputError: See above.
         """
         there = self.path
-        while not there.exists() and there != there.parent:
-            there = there.parent
+        try:
+            while not there.exists() and there != there.parent:
+                there = there.parent
+        except OSError as error:  # a name that is too long
+            raise InputError(f"{error.strerror}: {str(self.path)!r}", key="trainer.default_root_dir") from error
         if not there.is_dir():
             raise InputError(f"{str(there)!r} is a file; name a directory", key="trainer.default_root_dir")
         if not os.access(there, os.W_OK | os.X_OK):

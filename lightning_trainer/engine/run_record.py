@@ -44,6 +44,13 @@ class RunRecord(Callback):
         self.directory.write_manifest({"description": self.description, **self._about, "attempts": attempts})
         self.directory.save_config(self.config())
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so where a run was at its end before it began."""
+        if not self.began:
+            ends = f"trainer.max_steps {trainer.max_steps}, max_epochs {trainer.max_epochs}"
+            place = f"optimizer step {trainer.global_step}, after {trainer.current_epoch} epochs"
+            trainer.print(f"nothing is left to train: the run stands at {place} ({ends})")
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Every checkpoint knows what it was trained on, wherever it is resumed."""
         checkpoint["run"] = self._about

@@ -158,6 +158,10 @@ class TrainerCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """As LightningCLI's, which warns where `sys.argv` holds words too."""
         self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)
+        self.subcommand = self.config["subcommand"]
+        seed = self._value("seed_everything")
+        if isinstance(seed, int) and not 0 <= seed < 1 << 32:
+            raise InputError(f"must be at least 0 and below 2**32, not {seed}", key="seed_everything")
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: what the user writes wins over what a checkpoint remembers."""

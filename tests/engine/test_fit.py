@@ -309,6 +309,16 @@ def test_a_changed_profile_is_refused_unless_allowed(job: Job, capsys: Any) -> N
         (["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches: must be at least 1, not 0"),
         (["--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val: must be at least 0, not -1"),
+        (["--seed_everything", "5000000000"], "seed_everything: must be at least 0 and below 2**32, not 5000000000"),
+        (["--trainer.default_root_dir", "a" * 300], "trainer.default_root_dir: File name too long: 'aaa"),
+        (
+            ["--data.profile", "EmojiThink", "--data.profile.emoji_fraction", "5"],
+            "data.profile: EmojiThink: emoji_fraction is 5.0; it must lie between 0 and 1",
+        ),
+        (
+            ["--trainer.callbacks+=PreviewCallback", "--trainer.callbacks.every_n_steps=-1"],
+            "trainer.callbacks: PreviewCallback.every_n_steps must be at least 1, not -1",
+        ),
         (["--trainer.overfit_batches", "2"], "trainer.overfit_batches: is not supported"),
         (["--trainer.val_check_interval", "5000"], "`val_check_interval` (5000) must be less than or equal"),
         (["--model.attn_implementation", "bogus"], "bogus"),

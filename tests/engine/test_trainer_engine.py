@@ -219,6 +219,20 @@ def test_a_second_job_inherits_no_figures_of_the_first(small: Make, tmp_path: Pa
     assert {state[name] for name in ("current_step", "total_steps", "loss", "total_evals")} == {None}
 
 
+def test_a_job_that_is_already_through_says_so_and_keeps_its_figures(
+    small: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = TrainerEngine().run_job(small())
+    again = small()
+    again.output.resume_from_checkpoint = "last"
+    second = TrainerEngine(TrainingStatusWriter(tmp_path / "mine.json")).run_job(again)
+    assert "nothing is left to train: the run stands at optimizer step 3" in capsys.readouterr().out
+    assert (second.success, second.global_step, second.final_loss) == (True, 3, first.final_loss)
+    for path in (tmp_path / "mine.json", tmp_path / "run" / "status.json"):
+        status = json.loads(path.read_text())
+        assert (status["status"], status["current_step"], status["loss"]) == ("completed", 3, first.final_loss)
+
+
 def test_a_refused_job_leaves_the_status_of_the_run_that_is_there(small: Make, tmp_path: Path) -> None:
     status = tmp_path / "run" / "status.json"
     assert TrainerEngine(TrainingStatusWriter(status)).run_job(small()).success

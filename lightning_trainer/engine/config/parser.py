@@ -12,9 +12,11 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning_trainer.engine.config import messages
 from lightning_trainer.engine.config.command_line import CommandLineWalk, asks_for_help
 from lightning_trainer.engine.config.config_file import COMMAND_LINE, ConfigError
+from lightning_trainer.engine.config.construction import Construction
 from lightning_trainer.engine.config.places import Fault, Place, Source
 from lightning_trainer.engine.config.schema import Schema
 from lightning_trainer.engine.config.strict import StrictWalk
+from lightning_trainer.types import InputError
 
 MOST_FAULTS = 5
 IN_PYTHON = "configuration"
@@ -56,6 +58,30 @@ class ConfigParser(LightningArgumentParser):
             obj = _copied(obj)
         parsed: Namespace = super().parse_object(obj, *rest, **kwargs)
         return parsed
+
+    def instantiate(
+        self, namespace: Namespace, instantiate_groups: bool = True, *, instantiators: Any = None
+    ) -> Namespace:
+        """As jsonargparse's; a class that refuses its arguments is named, with the key it stands under.
+
+        Raises:
+            InputError: See above.
+        """
+        if not self._takes_everything():  # a part of the whole, which will tell
+            part: Namespace = super().instantiate(namespace, instantiate_groups, instantiators=instantiators)
+            return part
+        construction = Construction()
+        try:
+            builder = [(construction.build, object, True)]
+            whole: Namespace = super().instantiate(namespace, instantiate_groups, instantiators=builder)
+            return whole
+        except InputError:
+            raise
+        except ValueError as error:
+            refusal = construction.refusal(error, namespace, str(namespace.get("subcommand") or ""))
+            if refusal is None:
+                raise
+            raise refusal from error
 
     def place_of(self, key: str) -> str:
         """Where `key` was set last: `run.yaml:3:5`, `command line`, or "" for a default.
