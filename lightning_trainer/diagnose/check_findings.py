@@ -147,7 +147,7 @@ def _rows(facts: Facts) -> Iterator[Finding]:
     if too_long and settings.on_long_row == "raise":
         way_out = "raise data.max_length, or set it to drop or truncate"
         yield Finding("error", "data.on_long_row", f"{too_long} rows are over max_length; {way_out}")
-    elif train.too_long > LONG_ROWS * train.read:
+    elif settings.on_long_row == "drop" and train.too_long > LONG_ROWS * train.read:
         yield Finding(
             "warning",
             "data.max_length",
@@ -190,6 +190,8 @@ def _run(facts: Facts) -> Iterator[Finding]:
         )
     if run.unusable_interval:
         yield Finding("error", "trainer.val_check_interval", f"{run.unusable_interval}; lower it")
+    if run.unusable_limit:
+        yield Finding("error", "trainer.limit_val_batches", f"{run.unusable_limit}; raise it, or give a number")
 
 
 def _memory(facts: Facts) -> Iterator[Finding]:

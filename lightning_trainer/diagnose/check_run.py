@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_trainer.callbacks import PreviewCallback, RunCheckpoint, StepValidation, callbacks_of
@@ -27,6 +28,7 @@ class RunFacts:
         rows: Of an epoch: packs, or examples where each has its own row.
         fill: Share of the places of those rows that hold a token; the rest is room or padding.
         micro_batches: Of an epoch, on each device, after limit_train_batches.
+        max_time: Seconds after which the run ends at the latest, if any.
         steps: Optimizer steps of the whole run; None where nothing ends it but a clock or a callback.
         rows_per_step: Of a whole optimizer step, over its micro-batches and devices.
         examples_per_step: The same, on average.
@@ -35,6 +37,7 @@ class RunFacts:
         validations: None where a clock decides.
         most_tokens: Of a micro-batch on one device, padding included.
         unusable_interval: Why Lightning will refuse val_check_interval, or empty.
+        unusable_limit: The same of limit_val_batches.
     """
 
     exact: bool
@@ -48,6 +51,7 @@ class RunFacts:
     steps_per_epoch: int
     epochs: int
     max_steps: int
+    max_time: float | None
     steps: int | None
     rows_per_step: int
     examples_per_step: float
@@ -60,6 +64,7 @@ class RunFacts:
     previews: int
     most_tokens: int
     unusable_interval: str
+    unusable_limit: str
 
 
 def run_facts(data: ChatDataModule, trainer: Trainer, train: Rows, held_out: int, scheduler: LRScheduler) -> RunFacts:
@@ -89,6 +94,7 @@ def run_facts(data: ChatDataModule, trainer: Trainer, train: Rows, held_out: int
         steps_per_epoch=per_epoch,
         epochs=_epochs(trainer),
         max_steps=trainer.max_steps,
+        max_time=min((timer._duration for timer in callbacks_of(trainer, Timer) if timer._duration), default=None),
         steps=steps,
         rows_per_step=rows_per_step,
         examples_per_step=len(train.lengths) * per_row,
@@ -98,8 +104,9 @@ def run_facts(data: ChatDataModule, trainer: Trainer, train: Rows, held_out: int
         validations=_validations(trainer, batches, steps, held_out),
         checkpoints=_times(steps, (c.every_n_train_steps for c in callbacks_of(trainer, RunCheckpoint))),
         previews=_times(steps, (c.every_n_steps for c in callbacks_of(trainer, PreviewCallback))),
-        most_tokens=data.batch_size * data.max_length if data.packing else int(places.max(initial=0)),
+        most_tokens=int(places.max(initial=0)),
         unusable_interval=_unusable_interval(trainer, batches, held_out),
+        unusable_limit=_unusable_limit(trainer, -(-held_out // (layout.batch_size * layout.world_size))),
     )
 
 
@@ -176,4 +183,12 @@ def _unusable_interval(trainer: Trainer, batches: int, held_out: int) -> str:
     validates = held_out and trainer.limit_val_batches and trainer.check_val_every_n_epoch is not None
     if validates and isinstance(interval, int) and interval > batches > 0:
         return f"{interval} micro-batches, but an epoch has {batches}"
+    return ""
+
+
+def _unusable_limit(trainer: Trainer, batches: int) -> str:
+    """A share of the validation batches, of which there are at most so many, that is less than one."""
+    limit = trainer.limit_val_batches
+    if isinstance(limit, float) and limit > 0 and batches and int(limit * batches) == 0:
+        return f"{limit:g} of {batches} batches is none"
     return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 
 from lightning_trainer.diagnose.check_findings import Facts, Finding
 from lightning_trainer.diagnose.check_run import RunFacts
@@ -108,7 +109,8 @@ def _run(facts: Facts) -> Iterator[str]:
 def _limits(run: RunFacts) -> str:
     limits = [f"max_epochs {run.epochs}"] if run.epochs != -1 else []
     limits += [f"max_steps {run.max_steps}"] if run.max_steps != -1 else []
-    return ", ".join(limits) or "max_time or a callback ends it"
+    limits += [f"max_time {timedelta(seconds=run.max_time)}"] if run.max_time else []
+    return ", ".join(limits) or "a callback ends it"
 
 
 def _events(run: RunFacts) -> str:

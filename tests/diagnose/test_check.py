@@ -275,6 +275,7 @@ def test_each_doubt_has_its_finding(sound: Facts, changes: dict[str, Any], sever
         {"model.has_weights": False, "model.from_scratch": True},
         {"run.schedule_steps": 5000, "run.schedule": "WarmupConstant"},
         PLAIN,  # fp32 loses no update
+        {"train.too_long": 2, "settings.on_long_row": "truncate"},
         {"run.fill": 0.3},  # a pack's room costs no computing beyond the last one
         {"memory.total": None, "memory.activations": None},
     ],
@@ -294,6 +295,15 @@ def test_a_long_checkpoint_interval_is_no_finding(parts: Any, chat_rows: Any) ->
     assert (report.findings, report.facts.run.checkpoints) == ((), 1)
 
 
+def test_a_clock_is_named(parts: Any) -> None:
+    assert "max_time 2:00:00" in examine(*parts(max_time="00:02:00:00")).as_text()
+
+
+def test_a_batch_is_no_larger_than_the_data(parts: Any, chat_rows: Any) -> None:
+    facts = examine(*parts(chat_rows(6), data={"batch_size": 50, "packing": True})).facts
+    assert facts.run.most_tokens == facts.run.rows * facts.settings.max_length
+
+
 def test_errors_of_real_configurations(parts: Any, tokenizer: Any, tmp_path: Path, tiny_config: Any) -> None:
     tiny_config().save_pretrained(tmp_path / "empty")
     tokenizer.save_pretrained(tmp_path / "empty")
@@ -301,6 +311,7 @@ def test_errors_of_real_configurations(parts: Any, tokenizer: Any, tmp_path: Pat
     assert "model.pretrained" in _keys(examine(*parts(model=empty)), "error")
     assert "data.on_long_row" in _keys(examine(*parts(data={"max_length": 60, "on_long_row": "raise"})), "error")
     assert "trainer.val_check_interval" in _keys(examine(*parts(val_check_interval=999)), "error")
+    assert "trainer.limit_val_batches" in _keys(examine(*parts(limit_val_batches=0.01)), "error")
     assert "trainer.max_steps" in _keys(examine(*parts(max_epochs=-1)), "error")
 
 
