@@ -62,8 +62,8 @@ def heard_elsewhere() -> Iterator[Callable[[], int]]:
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     os.set_blocking(writer, False)
+    _writers.append(writer)
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    os.register_at_fork(after_in_child=_stop_telling)  # a worker's signals are not ours
 
     def heard() -> int:
         try:
@@ -75,11 +75,19 @@ def heard_elsewhere() -> Iterator[Callable[[], int]]:
         yield heard
     finally:
         signal.set_wakeup_fd(before)
+        _writers.remove(writer)
         os.close(writer)
+        os.close(reader)
 
 
 def _stop_telling() -> None:
-    signal.set_wakeup_fd(-1)
+    """In a loader's worker, whose signals are not ours."""
+    if _writers:
+        signal.set_wakeup_fd(-1)
+
+
+_writers: list[int] = []
+os.register_at_fork(after_in_child=_stop_telling)
 
 
 def _raise(signum: int, frame: FrameType | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -209,8 +210,10 @@ class RunCheckpoint(Checkpoint):
             return True
         raise_if_nonfinite(trainer)
         path = self._folder(trainer) / checkpoints.step_name(trainer.global_step)
-        # Only rank 0 writes; all must end together, or go on together.
-        number, failure = trainer.strategy.broadcast(self._try_to_save(trainer, path))
+        # Rank 0 alone can fail; all must end together, or go on together.
+        number, failure = trainer.strategy.broadcast(_try(lambda: self._flush(trainer)))
+        if failure is None:
+            number, failure = trainer.strategy.broadcast(_try(lambda: self._write_and_point(trainer, path)))
         if failure is not None:
             self._failed(trainer, number, failure, must)
             return False
@@ -220,22 +223,20 @@ class RunCheckpoint(Checkpoint):
         trainer.strategy.barrier("RunCheckpoint.save")
         return True
 
-    def _try_to_save(self, trainer: Trainer, path: Path) -> tuple[int, str | None]:
-        """(errno, message) of what failed on this rank."""
+    @staticmethod
+    def _flush(trainer: Trainer) -> None:
+        """What the checkpoint has behind it must be on disk too, or a kill leaves a gap in the curves."""
+        for logger in trainer.loggers:
+            flush = getattr(getattr(logger, "experiment", None), "flush", None)
+            if flush is not None:
+                flush()
+
+    def _write_and_point(self, trainer: Trainer, path: Path) -> None:
         # A checkpoint of this step that the run was resumed from may stand in another run's directory.
-        there = trainer.global_step == self._saved_step and _is(path, self.last_path)
-        try:
-            for logger in trainer.loggers:
-                flush = getattr(getattr(logger, "experiment", None), "flush", None)
-                if flush is not None:
-                    flush()  # what the checkpoint has behind it must be on disk too: a kill leaves no gap in the curves
-            if not there:
-                self._write(trainer, path)
-            if trainer.is_global_zero:
-                checkpoints.point_last(path.parent, path)
-        except OSError as error:
-            return error.errno or 0, str(error)
-        return 0, None
+        if trainer.global_step != self._saved_step or not _is(path, self.last_path):
+            self._write(trainer, path)
+        if trainer.is_global_zero:
+            checkpoints.point_last(path.parent, path)
 
     @staticmethod
     def _write(trainer: Trainer, path: Path) -> None:
@@ -303,6 +304,15 @@ class RunCheckpoint(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on keeping the best."""
         self.best = [(float(score), int(step)) for score, step in state_dict["best"]]
+
+
+def _try(act: Callable[[], None]) -> tuple[int, str | None]:
+    """(errno, message) of what failed on this rank."""
+    try:
+        act()
+    except OSError as error:
+        return error.errno or 0, str(error)
+    return 0, None
 
 
 def _is(path: Path, other: Path | None) -> bool:

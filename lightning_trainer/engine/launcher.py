@@ -72,16 +72,12 @@ class RankLauncher(_SubprocessScriptLauncher):
             Interrupted: Another rank was asked to end before it could ask the others.
         """
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
-        if not self.cluster_environment.creates_processes_externally:
-            os.environ[PARENT] = str(os.getpid())
-            self._call_children_scripts()
-            del os.environ[PARENT]
-        elif PARENT in os.environ:
-            self._parent = int(os.environ[PARENT])
+        self._start_others()
         _set_num_threads_if_needed(num_processes=self.num_processes)
         over = threading.Event()
         with heard_elsewhere() as heard:
-            threading.Thread(target=self._watch, args=(over, heard), name="ranks", daemon=True).start()
+            watch = threading.Thread(target=self._watch, args=(over, heard), name="ranks", daemon=True)
+            watch.start()
             try:
                 result = function(*args, **kwargs)
                 over.set()
@@ -97,6 +93,15 @@ class RankLauncher(_SubprocessScriptLauncher):
                 raise cause from error
             finally:
                 over.set()
+                watch.join()  # it listens to what is closed next
+
+    def _start_others(self) -> None:
+        if not self.cluster_environment.creates_processes_externally:
+            os.environ[PARENT] = str(os.getpid())
+            self._call_children_scripts()
+            del os.environ[PARENT]
+        elif PARENT in os.environ:
+            self._parent = int(os.environ[PARENT])
 
     def _watch(self, over: threading.Event, heard: Callable[[], int]) -> None:
         while not over.wait(_POLL):

@@ -150,8 +150,8 @@ def test_ranks_share_an_epoch_out() -> None:
     layout = Layout(2, world_size=2, shuffle=False)
     loaders = [PlannedLoader(Collator(STORE, False, 0), layout, rank) for rank in (0, 1)]  # type: ignore[arg-type]
     assert [epochs(loader, 1) for loader in loaders] == [
-        [(0, 1), (4, 5), (8, 10)],
-        [(2, 3), (6, 7), (9,)],
+        [(2, 3), (5, 6), (8,)],  # 2 + 7, 6 + 2 and 5 tokens
+        [(0, 1), (4, 7), (9, 10)],  # 3 + 5, 4 + 3 and 4 + 2
     ]
     for batches in zip(*loaders, strict=True):
         assert len({batch.step_tokens for batch in batches}) == 1

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_trainer.data.sampler import EpochPlan, Layout, plan_epoch
+from lightning_trainer.data.sampler import EpochPlan, Layout, deal, plan_epoch
 
 LENGTHS = np.random.default_rng(0).integers(1, 30, 53)
 TRAINED = LENGTHS // 2
@@ -54,9 +54,9 @@ def test_without_shuffling_the_order_is_the_datas() -> None:
 
 
 def test_the_docstrings_layout() -> None:
-    nine = np.ones(9, dtype=np.int64)
+    nine = [9, 8, 2, 1, 5, 5, 5, 5, 3]
     planned = plan(lengths=nine, trained=nine, batch_size=2, world_size=2, shuffle=False)
-    assert examples(planned) == [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8], []]]
+    assert examples(planned) == [[[0, 3], [1, 2]], [[4, 6], [5, 7]], [[8], []]]
 
 
 def test_last_rows_are_dealt_out_evenly_and_an_empty_rank_gets_none() -> None:
@@ -65,6 +65,39 @@ def test_last_rows_are_dealt_out_evenly_and_an_empty_rank_gets_none() -> None:
     assert examples(planned) == [[[0, 3], [1, 4], [2]]]
     planned = plan(lengths=five[:2], trained=five[:2], batch_size=3, world_size=3, shuffle=False)
     assert examples(planned) == [[[0], [1], []]]
+
+
+@settings(deadline=None)
+@given(
+    tokens=st.lists(st.integers(0, 500), max_size=24),
+    ranks=st.integers(1, 5),
+    spare=st.integers(0, 24),
+)
+def test_rows_are_dealt_once_and_evenly(tokens: list[int], ranks: int, spare: int) -> None:
+    least = -(-len(tokens) // ranks)
+    taken_by = deal(np.array(tokens, dtype=np.int64), ranks, least + spare)
+    assert len(taken_by) == len(tokens)
+    counts = np.bincount(taken_by, minlength=ranks)
+    assert len(counts) == ranks
+    assert counts.max() <= least + spare
+    loads = np.bincount(taken_by, weights=tokens, minlength=ranks)
+    if counts.max() < least + spare:  # no rank was full, so the last row went where the least was
+        assert loads.max() - loads.min() <= max(tokens, default=0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ranks", "most", "expected"),
+    [
+        ([9, 8, 2, 1], 2, 2, [0, 1, 1, 0]),
+        ([5, 5, 5, 5], 2, 2, [0, 1, 0, 1]),
+        ([9, 1, 1, 1], 2, 3, [0, 1, 1, 1]),
+        ([9, 1, 1, 1], 2, 2, [0, 1, 1, 0]),  # rank 1 is full
+        ([3, 7], 3, 1, [1, 0]),
+        ([], 2, 4, []),
+    ],
+)
+def test_dealing_by_hand(tokens: list[int], ranks: int, most: int, expected: list[int]) -> None:
+    assert deal(np.array(tokens, dtype=np.int64), ranks, most).tolist() == expected
 
 
 @settings(deadline=None)

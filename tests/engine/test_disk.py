@@ -62,11 +62,12 @@ def last_line(said: str) -> str:
     return said.strip().splitlines()[-1]
 
 
-def test_a_limit_on_files_stops_the_run_in_words(fit: Fit, tmp_path: Path, weights: Any) -> None:
-    status, said = fit(*planted("SmallFiles", 4, 99))
+@pytest.mark.parametrize("limit", [20_000, 100_000], ids=["model.safetensors", "trainer.pt"])
+def test_a_limit_on_files_stops_the_run_in_words(limit: int, fit: Fit, tmp_path: Path, weights: Any) -> None:
+    status, said = fit(*planted("SmallFiles", 4, 99, limit=limit))
     assert status == 1
     assert last_line(said).startswith("error: the checkpoint ")
-    assert "no file may be larger than 20000 bytes here; lift the limit (ulimit -f) or choose another" in said
+    assert f"no file may be larger than {limit} bytes here; lift the limit (ulimit -f) or choose another" in said
     assert "step=000002.ckpt, is intact; --ckpt_path last goes on from it" in last_line(said)
     assert "Traceback" not in said
     assert steps(tmp_path / "run" / "checkpoints") == [2]

@@ -6,9 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,28 +151,6 @@ def test_resume_after_faults_and_signals_is_bit_identical(
     assert fit(config, *words, "--ckpt_path", "last") == 0
     assert same(weights(straight / "checkpoints/last.ckpt"), weights(broken / "checkpoints/last.ckpt"))
     assert deterministic(scalars(broken)) == deterministic(scalars(straight))
-
-
-def test_resume_after_kill_9_leaves_no_gap_and_no_double(
-    job: Job, tmp_path: Path, scalars: Scalars, weights: Any
-) -> None:
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    config = job(trainer={"callbacks": [PREVIEW]}, checkpoint={"every_n_train_steps": 2}, rows=120)
-    assert fit(config, "--trainer.default_root_dir", str(straight)) == 0
-    words = ["--config", str(config), "--trainer.default_root_dir", str(killed)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lightning_trainer", "fit", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 90
-    while not (killed / "checkpoints" / "step=000004.ckpt").exists() and time.monotonic() < deadline:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert fit(config, "--trainer.default_root_dir", str(killed), "--ckpt_path", "auto") == 0
-    assert deterministic(scalars(killed)) == deterministic(scalars(straight))
-    assert same(weights(straight / "checkpoints/last.ckpt"), weights(killed / "checkpoints/last.ckpt"))
-    assert not list((killed / "checkpoints").glob(".*tmp*"))
 
 
 def test_sigint_saves_and_exits_130(job: Job, tmp_path: Path, disturbed: Any) -> None:
@@ -393,48 +368,6 @@ def test_gradient_checkpointing_and_full_loss_change_nothing(job: Job, tmp_path:
     assert same(found["plain"], found["checkpointed"])
     for key, value in found["plain"].items():
         torch.testing.assert_close(found["full"][key], value, atol=1e-5, rtol=1e-4)
-
-
-def test_two_ranks_are_one_process_with_twice_the_batch(job: Job, tmp_path: Path, scalars: Scalars) -> None:
-    """Started as a user starts it; the same loss and gradient, step by step, over rows of unequal lengths."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    config = job(trainer={"max_steps": 5, "accumulate_grad_batches": 1})
-    assert fit(config, "--data.batch_size", "4", "--trainer.default_root_dir", str(one)) == 0
-    words = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--trainer.default_root_dir", str(two)]
-    subprocess.run(
-        [sys.executable, "-m", "lightning_trainer", "fit", "--config", str(config), "--data.batch_size", "2", *words],
-        check=True,
-        capture_output=True,
-        timeout=150,
-    )
-    for tag in ("train/loss", "train/grad_norm", "train/lr", "train/trained_token_fraction", "val/loss"):
-        if tag in scalars(one):
-            assert scalars(two)[tag] == [pytest.approx(point, rel=1e-6) for point in scalars(one)[tag]]
-
-
-def test_a_full_disk_ends_the_run_in_words_and_keeps_what_was_there(job: Job, tmp_path: Path) -> None:
-    """A limit on the size of files, which `save_pretrained` and `torch.save` both run into."""
-    import resource
-
-    config = job(trainer={"max_epochs": 1, "log_every_n_steps": 50}, checkpoint={"every_n_train_steps": 2})
-    run = tmp_path / "run"
-    assert fit(config, "--trainer.max_steps", "2") == 0
-    size = (run / "checkpoints" / "last.ckpt" / "trainer.pt").stat().st_size
-    for limit in (size // 2, 20_000):  # in trainer.pt; in model.safetensors
-        done = subprocess.run(
-            [sys.executable, "-m", "lightning_trainer", "fit", "--config", str(config), "--ckpt_path", "last"],
-            capture_output=True,
-            text=True,
-            preexec_fn=lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-            check=False,
-        )
-        assert done.returncode == 1
-        last = done.stderr.strip().splitlines()[-1]
-        assert "could not be written" in last
-        assert "step=000002.ckpt, is intact" in last
-        assert "Traceback" not in done.stderr
-    assert [path.name for path in (run / "checkpoints").iterdir() if path.name != "last.ckpt"] == ["step=000002.ckpt"]
-    assert fit(config, "--ckpt_path", "last") == 0
 
 
 def test_going_back_to_an_older_checkpoint_sets_the_newer_ones_aside(job: Job, tmp_path: Path) -> None:

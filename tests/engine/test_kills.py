@@ -19,6 +19,8 @@ from fork_server import KILLED, ForkServer, Job
 
 from lightning_trainer import checkpoints
 
+PREVIEW = {"class_path": "PreviewCallback", "init_args": {"every_n_steps": 10, "num_prompts": 1, "max_new_tokens": 4}}
+
 EVERY = 2
 """Optimizer steps between checkpoints."""
 
@@ -96,7 +98,7 @@ def chain(job: Callable[..., Path], server: ForkServer, dropout_model: Path, tmp
         rows=120,
         model={"pretrained": str(dropout_model)},
         data={"profile": "EmojiThink", "max_length": 512, "num_workers": 2, "batch_size": 1},
-        trainer={"max_epochs": -1, "limit_val_batches": 2},
+        trainer={"max_epochs": -1, "limit_val_batches": 2, "callbacks": [PREVIEW]},
         checkpoint={"every_n_train_steps": EVERY, "keep_last": 1},
     )
 
@@ -108,15 +110,20 @@ def chain(job: Callable[..., Path], server: ForkServer, dropout_model: Path, tmp
 
 
 @pytest.fixture
-def equal(scalars: Scalars, weights: Any) -> Callable[[Chain, Chain], None]:
+def equal(scalars: Scalars, weights: Any, lines: Any) -> Callable[[Chain, Chain], None]:
     """Nothing tells two runs apart but their clocks."""
 
     def compare(first: Chain, second: Chain) -> None:
         assert second.seen == first.seen
         found = [scalars(run.run) for run in (first, second)]
         for curves in found:
-            del curves["train/tokens_per_second"]
+            for clock in ("train/tokens_per_second", "preview/latency_seconds", "preview/stall_ms"):
+                curves.pop(clock, None)
         assert found[0] == found[1]
+        previews = [
+            [(line["step"], line["text"]) for line in lines(run.run / "previews.jsonl")] for run in (first, second)
+        ]
+        assert previews[0] == previews[1]
         one, two = (weights(run.checkpoints / "last.ckpt") for run in (first, second))
         assert one.keys() == two.keys()
         assert [key for key in one if not torch.equal(one[key], two[key])] == []

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
+import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,11 +62,15 @@ class _Between(Callback):
 
 
 class SmallFiles(_Between):
-    """No file may become larger than a few KiB."""
+    """No file may become larger than `limit` bytes."""
+
+    def __init__(self, first: int, last: int, limit: int = 20_000) -> None:
+        super().__init__(first, last)
+        self.limit = limit
 
     def begin(self) -> None:
         self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, self.before[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, self.before[1]))
 
     def end(self) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
@@ -99,3 +106,125 @@ class ReadOnly(_Between):
             subprocess.run(["mount", "-o", f"remount,{option}", str(folder)], check=True)
         else:
             folder.chmod(mode)
+
+
+class Gradients(Callback):
+    """Writes each optimizer step's gradient to `folder`, as RANK-STEP.pt."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        gradients = [parameter.grad.flatten() for parameter in module.parameters()]
+        torch.save(torch.cat(gradients), self.folder / f"{trainer.global_rank}-{trainer.global_step}.pt")
+
+
+class Signals(Callback):
+    """Sends a signal to ranks of a run of two, in the middle of an optimizer step.
+
+    Args:
+        by: Rank that sends it; by then the other one waits for it in a collective.
+        to: Ranks that get it.
+        signum: Which.
+        step: Optimizer steps completed.
+        hook: Of the callback.
+    """
+
+    def __init__(
+        self, by: int, to: list[int], signum: int = 15, step: int = 2, hook: str = "on_train_batch_start"
+    ) -> None:
+        self.by, self.to, self.signum, self.step = by, to, signum, step
+        setattr(self, hook, self._send)
+
+    def _send(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step and trainer.global_rank == self.by and not trainer.sanity_checking:
+            send_to_ranks(trainer, self.to, self.signum)
+            self.step = -1
+
+
+class Fails(Callback):
+    """Raises in one rank, in the middle of an optimizer step."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 2 and trainer.global_rank == self.rank:
+            raise ValueError(f"rank {self.rank} has found something")
+
+
+class SlowEnd(Callback):
+    """One rank has more to do at the end."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def teardown(self, trainer: Any, module: Any, stage: str) -> None:
+        time.sleep(2.0 * (trainer.global_rank == self.rank))
+
+
+class FullForLogs(_Between):
+    """The curves of rank 0, which has some, cannot be written."""
+
+    def begin(self) -> None:
+        self._set(self._refuse)
+
+    def end(self) -> None:
+        self._set(None)
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        self.loggers = trainer.loggers if trainer.is_global_zero else []
+
+    def _set(self, flush: Callable[[], None] | None) -> None:
+        for logger in self.loggers:
+            if flush is None:
+                del logger.experiment.flush
+            else:
+                logger.experiment.flush = flush
+
+    def _refuse(self) -> None:
+        raise OSError(28, "No space left on device")
+
+
+def send_to_ranks(trainer: Any, to: list[int], signum: int) -> None:
+    """Once the other rank has had the time to begin waiting."""
+    other = os.getppid() if trainer.global_rank else trainer.strategy.launcher.procs[0].pid
+    _send(trainer.global_rank, other, to, signum)
+
+
+def _send(rank: int, other: int, to: list[int], signum: int) -> None:
+    time.sleep(0.5)
+    Path(os.environ["RANKS_SENT"]).touch()
+    for receiver in sorted(to, key=lambda receiver: receiver == rank):  # itself last: that may be its end
+        os.kill(os.getpid() if receiver == rank else other, signum)
+
+
+def _given() -> list[int]:
+    return json.loads(os.environ["RANKS_TO"])  # type: ignore[no-any-return]
+
+
+def long_preparation() -> None:
+    """Rank 0 takes a minute to read the data, for which the other waits, when SIGTERM comes."""
+    from lightning_trainer.data import ChatDataModule
+
+    prepare = ChatDataModule.prepare_data
+
+    def slowly(data: Any) -> None:
+        prepare(data)
+        send_to_ranks(data.trainer, _given(), signal.SIGTERM)
+        time.sleep(60)
+
+    ChatDataModule.prepare_data = slowly  # type: ignore[method-assign]
+
+
+def late_rank_1() -> None:
+    """Rank 1 takes a minute to begin, for which rank 0 waits, when SIGTERM comes."""
+    meet = torch.distributed.init_process_group
+
+    def late(*args: Any, **kwargs: Any) -> None:
+        if os.environ["LOCAL_RANK"] == "1":
+            _send(1, os.getppid(), _given(), signal.SIGTERM)
+            time.sleep(60)
+        meet(*args, **kwargs)
+
+    torch.distributed.init_process_group = late
