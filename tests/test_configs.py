@@ -88,7 +88,7 @@ def test_the_readmes_commands_run(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     commands = _commands()
-    assert len(commands) == 11
+    assert len(commands) == 12
     for command in commands:
         words = command.split()[1:]
         if words[0] in ("inspect", "check", "status", "convert"):
