@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,9 @@ class PreviewCallback(Callback):
         self.results: list[PreviewResult] = []
         self._requests: list[PreviewRequest] = []
         self._last_step = -1
-        self._broken = False
+        self._broken = self._unsettled = False
         self._failures = 0
+        self._stall = 0.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the prompts, through the profile and template that training uses.
@@ -71,7 +73,9 @@ class PreviewCallback(Callback):
             module: Any = pl_module
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             prompter = Prompter(data.profile, module.tokenizer, data.rendered_system_prompt(), data.system_prompt_mode)
-            self.backend.bind(prompter, module.causal_lm)
+            if trainer.is_global_zero:
+                self.backend.bind(prompter, module.causal_lm, getattr(module, "adapter", None))
+                self._tell(trainer)
             self._requests = self._from_yaml(prompter) if self.prompts is not None else self._from_rows(prompter, data)
 
     def _from_yaml(self, prompter: Prompter) -> list[PreviewRequest]:
@@ -106,14 +110,32 @@ class PreviewCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Preview at a step boundary, when it is time."""
-        stepped = not trainer.fit_loop.epoch_loop._should_accumulate()
-        if stepped and trainer.global_step % self.every_n_steps == 0:
-            self._preview(trainer)
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        if trainer.global_step % self.every_n_steps == 0:
+            self._ask(trainer)
+        if self._may_ask(trainer):
+            with self._guard():
+                self._take(trainer, self._bound().collect())
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """The weights are about to change."""
+        if self._unsettled:
+            with self._guard():
+                self._settle()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Preview the final weights."""
+        """Preview the final weights, and wait for what is under way."""
         if trainer.global_step and trainer.global_step != self._last_step:
-            self._preview(trainer)
+            self._ask(trainer)
+        if self._may_ask(trainer):
+            with self._guard():
+                self._settle()
+                self._take(trainer, self._bound().finish())
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go of the model; nothing is waited for."""
+        self._close()
 
     def state_dict(self) -> dict[str, Any]:
         """The step of the last preview, so that a resumed run does not repeat it, and the failures so far."""
@@ -123,15 +145,45 @@ class PreviewCallback(Callback):
         """Go on after the last preview."""
         self._last_step, self._failures = state_dict["last_step"], state_dict.get("failures", 0)
 
-    def _preview(self, trainer: Trainer) -> None:
-        if self._broken or not self._requests or not trainer.is_global_zero:
+    def _may_ask(self, trainer: Trainer) -> bool:
+        return bool(self._requests) and not self._broken and trainer.is_global_zero
+
+    def _bound(self) -> PreviewBackend:
+        assert self.backend is not None
+        return self.backend
+
+    def _ask(self, trainer: Trainer) -> None:
+        """Hand the prompts over, for the weights of this step."""
+        if not self._may_ask(trainer):
             return
-        self._last_step = trainer.global_step
+        step = self._last_step = trainer.global_step
         with self._guard():
             started = time.perf_counter()
-            results = self._answers(trainer.global_step)
-            if results:
-                self._show(trainer, results, stall=time.perf_counter() - started)
+            backend = self._bound()
+            sampling = backend.prompter.sampling(
+                max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed
+            )
+            self._unsettled = True
+            backend.submit([dataclasses.replace(r, step=step) for r in self._requests], sampling, step)
+            self._stall = time.perf_counter() - started
+
+    def _settle(self) -> None:
+        started = time.perf_counter()
+        self._unsettled = False
+        self._bound().settle()
+        self._stall += time.perf_counter() - started
+
+    def _take(self, trainer: Trainer, results: list[PreviewResult]) -> None:
+        """Show what has come, one request after the other."""
+        self._tell(trainer)
+        if results:
+            self.results = results
+        for step, answers in groupby(results, key=lambda result: result.step):
+            self._show(trainer, step, list(answers))
+
+    def _tell(self, trainer: Trainer) -> None:
+        for line in self._bound().notices():
+            trainer.print(line)
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
@@ -145,40 +197,41 @@ class PreviewCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the model."""
+        self._close()
+
+    def _close(self) -> None:
         if self.backend is not None:
-            self.backend.close()
+            with self._guard():
+                self.backend.close()
 
-    def _answers(self, step: int) -> list[PreviewResult]:
-        assert self.backend is not None
-        sampling = self.backend.prompter.sampling(
-            max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed
-        )
-        self.backend.submit([dataclasses.replace(r, step=step) for r in self._requests], sampling, step)
-        return self.backend.collect(timeout=float("inf"))
-
-    def _show(self, trainer: Trainer, results: Sequence[PreviewResult], stall: float) -> None:
-        step = trainer.global_step
-        self.results = list(results)
+    def _show(self, trainer: Trainer, step: int, results: Sequence[PreviewResult]) -> None:
+        """Log the answers to one request at the step it was made."""
         self._failures += sum(not result.success for result in results)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._write_lines(self._path(trainer), results)
-        metrics = {
-            "preview/stall_ms": 1000 * stall,
-            "preview/failures": float(self._failures),
-            "preview/latency_seconds": max(result.generation_time_sec for result in results),
-            "preview/weights_step": float(results[0].weights_step or 0),
-            "preview/age_steps": float(step - (results[0].weights_step or 0)),
-        }
-        if self.origin == "val":
-            self.pass_rate = sum(bool(r.check and r.check.passed) for r in results) / len(results)
+        metrics = {"preview/stall_ms": 1000 * self._stall, "preview/failures": float(self._failures)}
+        metrics |= {f"preview/{name}": value for name, value in self._bound().metrics().items()}
+        answered = [result for result in results if result.success and result.weights_step is not None]
+        if answered:
+            weights_step = float(answered[0].weights_step or 0)
+            metrics["preview/latency_seconds"] = max(result.generation_time_sec for result in answered)
+            metrics["preview/weights_step"] = weights_step
+            metrics["preview/age_steps"] = trainer.global_step - weights_step
+        if answered and self.origin == "val":
+            self.pass_rate = sum(bool(r.check and r.check.passed) for r in answered) / len(answered)
             metrics["preview/pass_rate"] = self.pass_rate
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
             if isinstance(logger, TensorBoardLogger):
                 for number, result in enumerate(results):
                     logger.experiment.add_text(f"preview/{number}", as_markdown(result, self.origin), step)
-        told = "" if self.pass_rate is None else f", {self.pass_rate:.0%} of {len(results)} pass"
-        trainer.print(f"step {step}: previews by the weights of step {metrics['preview/weights_step']:.0f}{told}")
+        trainer.print(f"step {step}: {self._told(answered, results)}")
+
+    def _told(self, answered: Sequence[PreviewResult], results: Sequence[PreviewResult]) -> str:
+        if not answered:
+            return f"no preview: {results[0].error_message}"
+        told = "" if self.pass_rate is None else f", {self.pass_rate:.0%} of {len(answered)} pass"
+        return f"previews by the weights of step {answered[0].weights_step}{told}"
 
     @staticmethod
     def _path(trainer: Trainer) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,25 +14,40 @@ from lightning_trainer.types import PreviewRequest, PreviewResult, SamplingParam
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from lightning_trainer.adapters import Adapter
+
 
 class PreviewBackend(ABC):
     """Generates answers with the weights of one optimizer step.
 
-    `bind` comes first, once. Then `submit` hands prompts over, as token ids, and `collect` returns what is done.
+    `bind` comes first, once. Then `submit` hands prompts over, as token ids, and `collect` returns what is done, at
+    once or steps later; `settle` comes before the weights change. `finish` and `close` end it.
 
     Attributes:
         backend_type: Stands in every result.
+        run_id: Names the run, on resume too.
     """
 
     backend_type: ClassVar[str]
 
     def __init__(self) -> None:
+        self.run_id = uuid.uuid4().hex
         self._prompter: Prompter | None = None
         self._model: PreTrainedModel | None = None
+        self._adapter: Adapter | None = None
 
-    def bind(self, prompter: Prompter, model: PreTrainedModel) -> None:
-        """Tie the backend to what makes prompts and reads answers, and to the model whose weights are asked."""
-        self._prompter, self._model = prompter, model
+    def bind(self, prompter: Prompter, model: PreTrainedModel, adapter: Adapter | None = None) -> None:
+        """Tie the backend to what makes prompts and reads answers, and to the model whose weights are asked.
+
+        Args:
+            prompter: Of the run.
+            model: In training.
+            adapter: What of it is trained, where that is adapters.
+
+        Raises:
+            InputError: The backend cannot serve this model, or is not there and must be.
+        """
+        self._prompter, self._model, self._adapter = prompter, model, adapter
 
     @property
     def prompter(self) -> Prompter:
@@ -63,9 +79,25 @@ class PreviewBackend(ABC):
     def collect(self, timeout: float = 0.0) -> list[PreviewResult]:
         """Answers that are done and not yet collected, in order; waits up to `timeout` seconds for the first."""
 
+    def settle(self) -> None:
+        """What was submitted holds the weights of its step from here on: they are about to change."""
+        return
+
+    def finish(self) -> list[PreviewResult]:
+        """Wait for what is under way, for a bounded time; what is not done by then comes as failed."""
+        return self.collect()
+
+    def metrics(self) -> dict[str, float]:
+        """Figures of the backend's own, by the names they have under `preview/`."""
+        return {}
+
+    def notices(self) -> list[str]:
+        """What a person should be told since the last call, a line each."""
+        return []
+
     def close(self) -> None:
-        """Let go of whatever is held."""
-        self._prompter = self._model = None
+        """Let go of whatever is held; may be called again."""
+        self._prompter = self._model = self._adapter = None
 
     def preview(
         self,
