@@ -15,6 +15,7 @@ import os
 import re
 import resource
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,8 @@ STATE, INDEX, LAST = "trainer.pt", "checkpoint.json", "last.ckpt"
 
 _STEP = re.compile(r"step=(\d+)\.ckpt")
 
-
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
-"""How safetensors tells what the system said; the file it was writing is gone by then."""
+"""How safetensors tells what the system said."""
 
 _FULL = 1 << 20
 """Bytes left on a disk that counts as full: libraries that write for us do not say why they failed."""
@@ -75,8 +75,8 @@ def write(target: Path, fill: Callable[[Path], None], about: dict[str, Any]) -> 
             _sync_directory(directory)
         _put_in_place(tmp, target)
     except OSError as error:
-        why = _explain(error, tmp)  # while what was written still fills the disk
-        raise CheckpointWriteError(error.errno, f"the checkpoint {target} could not be written: {why}") from error
+        number, why = _explain(error, tmp)  # while what was written still fills the disk
+        raise CheckpointWriteError(number, f"the checkpoint {target} could not be written: {why}") from error
     finally:
         shutil.rmtree(tmp, ignore_errors=True)  # after the rename there is none
 
@@ -90,42 +90,50 @@ def _make_folder(folder: Path) -> None:
 
 def _put_in_place(tmp: Path, target: Path) -> None:
     aside = _aside(target)
-    if target.exists():
-        target.rename(aside)
     try:
+        if target.exists():
+            target.rename(aside)
         tmp.rename(target)
     except BaseException:  # a second Ctrl-C too
-        if aside.exists():
+        if aside.exists() and not target.exists():
             aside.rename(target)
         raise
     _sync_directory(target.parent)
     if (aside / INDEX).exists():
-        remove(aside)
+        try:
+            remove(aside)
+        except OSError as error:  # the new one stands
+            warnings.warn(f"{aside} is no longer needed and could not be deleted: {error}", stacklevel=2)
 
 
 def remove(directory: Path) -> None:
     """Delete a checkpoint; killed half-way, it leaves no half of one under its name."""
     tmp = directory.with_name(f".{directory.name}.old.tmp-{os.getpid()}")
+    shutil.rmtree(tmp, ignore_errors=True)  # of a removal that failed
     directory.rename(tmp)
     shutil.rmtree(tmp)
 
 
-def _explain(error: OSError, tmp: Path) -> str:
-    """Why a write failed and what to do, for errors of libraries too, which do not say that the disk is full."""
-    there = next(path for path in (tmp, *tmp.parents) if path.exists())
-    free = shutil.disk_usage(there).free
+def _explain(error: OSError, tmp: Path) -> tuple[int, str]:
+    """(errno, why a write failed and what to do), for errors of libraries too, which do not say that a disk is full."""
     told = _OS_ERROR.search(str(error))
-    number = int(told[1]) if told else error.errno
+    number = int(told[1]) if told else error.errno or errno.EIO
+    try:
+        there = next(path for path in (tmp, *tmp.parents) if path.exists())
+        free = shutil.disk_usage(there).free
+        largest = max((path.stat().st_size for path in tmp.rglob("*") if path.is_file()), default=0)
+    except OSError:  # the disk itself fails
+        return number, str(error)
     if number in (errno.ENOSPC, errno.EDQUOT) or free < _FULL:
-        return f"the disk of {tmp.parent} is full ({free // 1024} KiB are left); free some space there"
+        return errno.ENOSPC, f"the disk of {tmp.parent} is full ({free // 1024} KiB are left); free some space there"
     limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-    largest = max((path.stat().st_size for path in tmp.rglob("*") if path.is_file()), default=0)
     if number == errno.EFBIG or largest >= limit != resource.RLIM_INFINITY:
-        return f"no file may be larger than {limit} bytes here; lift the limit (ulimit -f) or choose another disk"
+        lift = "lift the limit (ulimit -f) or choose another disk"
+        return errno.EFBIG, f"no file may be larger than {limit} bytes here; {lift}"
     reason = " ".join(str(error.strerror or error).split())
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{reason}: {error.filename or there}; make {tmp.parent} writable"
-    return reason
+        return number, f"{reason}: {error.filename or there}; make {tmp.parent} writable"
+    return number, reason
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -215,8 +223,8 @@ def point_last(folder: Path, target: Path) -> None:
         os.replace(tmp, last)
         _sync_directory(folder)
     except OSError as error:
-        why = _explain(error, tmp)
-        raise CheckpointWriteError(error.errno, f"{last} could not be made to name {target.name}: {why}") from error
+        number, why = _explain(error, tmp)
+        raise CheckpointWriteError(number, f"{last} could not be made to name {target.name}: {why}") from error
 
 
 def find_last(folder: Path, say: Callable[[str], None]) -> Path | None:

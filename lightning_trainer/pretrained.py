@@ -170,6 +170,8 @@ def load_model(
     except (ValueError, ImportError) as error:
         raise InputError(str(error), key="model.attn_implementation") from error
     except KeyError as error:
+        if error.args != (attn_implementation,):
+            raise
         raise _unknown_attention(config, attn_implementation) from error
     return model
 
@@ -198,6 +200,8 @@ def _load_weights(
                 **packed,
             )
     except KeyError as error:
+        if error.args != (attn_implementation,):
+            raise
         raise _unknown_attention(config, attn_implementation) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(

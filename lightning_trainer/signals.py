@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import FrameType
 
 ANSWERED = (signal.SIGINT, signal.SIGTERM)
@@ -45,8 +46,27 @@ def interruptible() -> Iterator[None]:
 
 
 def is_interruptible() -> bool:
-    """Whether SIGTERM ends what runs at once: nothing of it is to be saved first."""
-    return signal.getsignal(signal.SIGTERM) in (_raise, signal.SIG_DFL)
+    """Whether SIGTERM raises where the main thread stands: nothing is to be saved first."""
+    return signal.getsignal(signal.SIGTERM) is _raise
+
+
+@contextmanager
+def protected() -> Iterator[None]:
+    """Nobody ends the process while this runs, however long it takes: a checkpoint is being written."""
+    global _protections
+    _protections += 1
+    try:
+        yield
+    finally:
+        _protections -= 1
+
+
+def is_protected() -> bool:
+    """Whether something runs that must not be cut short."""
+    return _protections > 0
+
+
+_protections = 0
 
 
 @contextmanager
@@ -54,7 +74,7 @@ def heard_elsewhere() -> Iterator[Callable[[], int]]:
     """Let another thread hear of signals: Python answers none while its main thread waits in C, for a rank say.
 
     Yields:
-        A function that returns SIGINT or SIGTERM, once for each that came, or 0.
+        A function that returns the first SIGINT or SIGTERM since its last call, or 0.
     """
     if not in_main_thread():
         yield lambda: 0
@@ -62,6 +82,7 @@ def heard_elsewhere() -> Iterator[Callable[[], int]]:
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     os.set_blocking(writer, False)
+    _listen_in_this_process_alone()
     _writers.append(writer)
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
@@ -80,14 +101,13 @@ def heard_elsewhere() -> Iterator[Callable[[], int]]:
         os.close(reader)
 
 
-def _stop_telling() -> None:
-    """In a loader's worker, whose signals are not ours."""
-    if _writers:
-        signal.set_wakeup_fd(-1)
-
-
 _writers: list[int] = []
-os.register_at_fork(after_in_child=_stop_telling)
+
+
+@cache
+def _listen_in_this_process_alone() -> None:
+    """A loader's worker is forked with the pipe; its signals are not ours."""
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1) if _writers else None)
 
 
 def _raise(signum: int, frame: FrameType | None) -> None:

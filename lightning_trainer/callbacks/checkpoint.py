@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_trainer import checkpoints
 from lightning_trainer.callbacks import generators
 from lightning_trainer.callbacks.finite import raise_if_nonfinite
-from lightning_trainer.signals import ANSWERED, Interrupted, in_main_thread
+from lightning_trainer.signals import ANSWERED, Interrupted, in_main_thread, protected
 from lightning_trainer.types import InputError
 
 
@@ -36,7 +35,6 @@ class RunCheckpoint(Checkpoint):
 
     Attributes:
         last_path: The newest checkpoint.
-        save_failures: How often this attempt could not write one.
     """
 
     def __init__(
@@ -58,7 +56,7 @@ class RunCheckpoint(Checkpoint):
         self.every_n_train_steps, self.keep_last = every_n_train_steps, keep_last
         self.monitor, self.mode, self.save_top_k = monitor, mode, save_top_k
         self.on_save_failure = on_save_failure
-        self.save_failures = 0
+        self._save_failures = 0
         self.best: list[tuple[float, int]] = []
         self.last_path: Path | None = None
         self._saved_step = -1
@@ -68,6 +66,7 @@ class RunCheckpoint(Checkpoint):
         self._validation_due = False
         self._save_after_validation = False
         self._rng: list[dict[str, Any]] = []
+        self._host_group: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Clear away what a killed save left behind."""
@@ -91,6 +90,8 @@ class RunCheckpoint(Checkpoint):
         """Take over the signals, put the random generators where they were, make up for a validation cut short."""
         for signum in self._handlers:
             signal.signal(signum, self._on_signal)
+        if trainer.world_size > 1 and torch.distributed.get_backend() != "gloo":
+            self._host_group = torch.distributed.new_group(backend="gloo")
         # The loaders may have been made before the checkpoint was read (to count the steps for a schedule); Lightning
         # then forgets to hand them their state.
         loop = trainer.fit_loop
@@ -137,10 +138,16 @@ class RunCheckpoint(Checkpoint):
         if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.global_step == 0:
             return
         self._validation_due = False
-        if self._save_after_validation:  # so that a resumed run has the metrics of this step, once
-            self.save(trainer)
+        before, self.best = self.best, self._ranked(trainer)
+        is_best = any(step == trainer.global_step for _, step in self.best)
+        # Where a save was due at this step, it waited for this, to have the metrics and the new order in it.
+        if (self._save_after_validation or is_best) and not self.save(trainer):
+            self.best = before  # what is not on disk must not push out what is
+
+    def _ranked(self, trainer: Trainer) -> list[tuple[float, int]]:
+        """The best, this step among them where it is one of them."""
         if self.monitor is None:
-            return
+            return self.best
         score = trainer.callback_metrics.get(self.monitor)
         if score is None:
             raise InputError(
@@ -149,12 +156,10 @@ class RunCheckpoint(Checkpoint):
             )
         sign = 1 if self.mode == "min" else -1
         ranked = sorted(
-            [*self.best, (float(score), trainer.global_step)],
+            [*(entry for entry in self.best if entry[1] != trainer.global_step), (float(score), trainer.global_step)],
             key=lambda entry: math.inf if math.isnan(entry[0]) else sign * entry[0],
         )
-        before, self.best = self.best, ranked if self.save_top_k == -1 else ranked[: self.save_top_k]
-        if any(step == trainer.global_step for _, step in self.best) and not self.save(trainer):
-            self.best = before  # what is not on disk must not push out what is
+        return ranked if self.save_top_k == -1 else ranked[: self.save_top_k]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The end of a run is always saved."""
@@ -181,16 +186,21 @@ class RunCheckpoint(Checkpoint):
         self._signal = signum
 
     def _end_if_asked(self, trainer: Trainer) -> None:
-        signum = self._signal
-        if trainer.world_size > 1:
-            asked = torch.tensor(signum, device=trainer.strategy.root_device)
-            signum = int(trainer.strategy.reduce(asked, reduce_op="max"))
+        signum = self._signal_of_any_rank(trainer)
         if not signum:
             return
         trainer.print(f"{signal.Signals(signum).name}: saving a checkpoint at optimizer step {trainer.global_step}")
         if trainer.global_step and trainer.global_step != self._saved_step:
             self.save(trainer, must=True)
         raise Interrupted(signum)
+
+    def _signal_of_any_rank(self, trainer: Trainer) -> int:
+        if trainer.world_size == 1:
+            return self._signal
+        asked = torch.tensor(self._signal)
+        # Among the processors, not the devices: those would have to finish what they are doing first.
+        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX, group=self._host_group)
+        return int(asked)
 
     def save(self, trainer: Trainer, must: bool = False) -> bool:
         """Write a checkpoint of this optimizer step, let `last.ckpt` name it, delete what is no longer kept.
@@ -210,10 +220,13 @@ class RunCheckpoint(Checkpoint):
             return True
         raise_if_nonfinite(trainer)
         path = self._folder(trainer) / checkpoints.step_name(trainer.global_step)
-        # Rank 0 alone can fail; all must end together, or go on together.
-        number, failure = trainer.strategy.broadcast(_try(lambda: self._flush(trainer)))
+        # Rank 0 alone writes, and says whether there is something to write and whether it could: all must end
+        # together, or go on together.
+        number, failure, is_there = trainer.strategy.broadcast(self._prepare(trainer, path))
+        if failure is None and not is_there:
+            number, failure = trainer.strategy.broadcast(self._write(trainer, path))
         if failure is None:
-            number, failure = trainer.strategy.broadcast(_try(lambda: self._write_and_point(trainer, path)))
+            number, failure = trainer.strategy.broadcast(self._point_to(trainer, path))
         if failure is not None:
             self._failed(trainer, number, failure, must)
             return False
@@ -223,37 +236,50 @@ class RunCheckpoint(Checkpoint):
         trainer.strategy.barrier("RunCheckpoint.save")
         return True
 
-    @staticmethod
-    def _flush(trainer: Trainer) -> None:
-        """What the checkpoint has behind it must be on disk too, or a kill leaves a gap in the curves."""
-        for logger in trainer.loggers:
-            flush = getattr(getattr(logger, "experiment", None), "flush", None)
-            if flush is not None:
-                flush()
+    def _prepare(self, trainer: Trainer, path: Path) -> tuple[int, str | None, bool]:
+        """(errno, message, whether the checkpoint is there) after what it has behind it is on disk, too.
 
-    def _write_and_point(self, trainer: Trainer, path: Path) -> None:
-        # A checkpoint of this step that the run was resumed from may stand in another run's directory.
-        if trainer.global_step != self._saved_step or not _is(path, self.last_path):
-            self._write(trainer, path)
-        if trainer.is_global_zero:
-            checkpoints.point_last(path.parent, path)
-
-    @staticmethod
-    def _write(trainer: Trainer, path: Path) -> None:
+        Or a kill would leave a gap in the curves. A checkpoint of this step that the run was resumed from may stand in
+        another run's directory, and is not this one.
+        """
+        is_there = trainer.global_step == self._saved_step and _same_path(path, self.last_path)
         try:
-            trainer.save_checkpoint(path)
-        except checkpoints.CheckpointWriteError:
-            trainer.strategy.barrier("Trainer.save_checkpoint")  # where the ranks that do not write wait
-            raise
+            for logger in trainer.loggers if trainer.is_global_zero else ():
+                flush = getattr(getattr(logger, "experiment", None), "flush", None)
+                if flush is not None:
+                    flush()
+        except OSError as error:
+            return error.errno or 0, str(error), is_there
+        return 0, None, is_there
+
+    @staticmethod
+    def _write(trainer: Trainer, path: Path) -> tuple[int, str | None]:
+        """(errno, message) of what failed on this rank; all ranks call this."""
+        with protected():
+            try:
+                trainer.save_checkpoint(path)
+            except checkpoints.CheckpointWriteError as error:
+                trainer.strategy.barrier("Trainer.save_checkpoint")  # where the ranks that do not write wait
+                return error.errno or 0, str(error)
+        return 0, None
+
+    @staticmethod
+    def _point_to(trainer: Trainer, path: Path) -> tuple[int, str | None]:
+        try:
+            if trainer.is_global_zero:
+                checkpoints.point_last(path.parent, path)
+        except checkpoints.CheckpointWriteError as error:
+            return error.errno or 0, str(error)
+        return 0, None
 
     def _failed(self, trainer: Trainer, number: int, failure: str, must: bool) -> None:
-        self.save_failures += 1
+        self._save_failures += 1
         left = f"the last one, {self.last_path}, is intact" if self.last_path else "there is none before it"
         if must or self.on_save_failure == "stop":
             way = "; --ckpt_path last goes on from it" if self.last_path else ""
             raise checkpoints.CheckpointWriteError(number, f"{failure}; {left}{way}")
         rank_zero_warn(
-            f"optimizer step {trainer.global_step}: {failure}; {left}. Failure {self.save_failures} of this attempt; "
+            f"optimizer step {trainer.global_step}: {failure}; {left}. Failure {self._save_failures} of this attempt; "
             "training goes on (checkpoint.on_save_failure: continue) and tries again at the next interval"
         )
 
@@ -306,16 +332,7 @@ class RunCheckpoint(Checkpoint):
         self.best = [(float(score), int(step)) for score, step in state_dict["best"]]
 
 
-def _try(act: Callable[[], None]) -> tuple[int, str | None]:
-    """(errno, message) of what failed on this rank."""
-    try:
-        act()
-    except OSError as error:
-        return error.errno or 0, str(error)
-    return 0, None
-
-
-def _is(path: Path, other: Path | None) -> bool:
+def _same_path(path: Path, other: Path | None) -> bool:
     return other is not None and path.resolve() == other.resolve()
 
 

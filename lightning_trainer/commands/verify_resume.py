@@ -20,11 +20,13 @@ def run(command: str, words: list[str], launch: Launch | None = None) -> int:
         prog=f"lightning-trainer {command}",
         description="Train a few optimizer steps twice, once with a stop in the middle and a resume in a new process, "
         "and compare: the rows and the loss of every step, then weights, optimizer and random generators, bit by bit. "
-        "Everything happens in a temporary folder next to the run directory, which needs room for two checkpoints. "
+        "It begins from the start, without --ckpt_path, in a temporary folder next to the run directory, which needs "
+        "room for two checkpoints; previews, exports and other checkpoints are left out. The exit status is 1 if "
+        "anything differs. "
         "Other options are those of `fit`.",
         allow_abbrev=False,
     )
-    parser.add_argument("--steps", type=int, default=6, help="optimizer steps, the stop in their middle (6)")
+    parser.add_argument("--steps", type=int, default=6, help="optimizer steps, the stop in their middle (%(default)s)")
     parser.add_argument("--attempt", type=Path, default=None, help=argparse.SUPPRESS)
     given, rest = parser.parse_known_args(words)
     try:

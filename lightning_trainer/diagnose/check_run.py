@@ -94,7 +94,7 @@ def run_facts(data: ChatDataModule, trainer: Trainer, train: Rows, held_out: int
         steps_per_epoch=per_epoch,
         epochs=_epochs(trainer),
         max_steps=trainer.max_steps,
-        max_time=min((timer._duration for timer in callbacks_of(trainer, Timer) if timer._duration), default=None),
+        max_time=min(filter(None, (timer.time_remaining() for timer in callbacks_of(trainer, Timer))), default=None),
         steps=steps,
         rows_per_step=rows_per_step,
         examples_per_step=len(train.lengths) * per_row,

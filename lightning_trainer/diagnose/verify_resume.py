@@ -102,7 +102,7 @@ class Comparison:
             return f"step {number} was made by one of them only"
         if one.rows != two.rows:
             return f"step {number}, rows: {_rows(one)} without a stop, {_rows(two)} with one"
-        if one.losses != two.losses:
+        if repr(one.losses) != repr(two.losses):
             size = abs(one.loss - two.loss)
             return (
                 f"step {number}, loss: {one.loss!r} without a stop, {two.loss!r} with one (they differ by {size:.2g})"
@@ -118,7 +118,7 @@ class Comparison:
     def _row(self, number: int) -> str:
         one, two = self.straight[number], self.broken.get(number)
         rows = "missing" if two is None else "same" if one.rows == two.rows else "DIFFERENT"
-        loss = "" if two is None else "same" if one.losses == two.losses else f"{two.loss:.8g}"
+        loss = "" if two is None else "same" if repr(one.losses) == repr(two.losses) else f"{two.loss:.8g}"
         resumed = "  <- stopped here" if number == self.stop else ""
         return f"{number:>6}  {rows:<9}  {one.loss:<12.8g}  {loss:<12}{resumed}".rstrip()
 
@@ -204,7 +204,7 @@ def _differences(name: str, first: Any, second: Any) -> Iterator[Difference]:
     elif _is_short_list(first) and _is_short_list(second) and len(first) == len(second):
         for number, pair in enumerate(zip(first, second, strict=True)):
             yield from _differences(f"{name}.{number}".lstrip("."), *pair)
-    elif first != second:
+    elif repr(first) != repr(second):  # which tells -0 from 0, and lets NaN be NaN
         yield Difference(f"{name}: {_shortened(first)} without a stop, {_shortened(second)} with one")
 
 
@@ -227,7 +227,7 @@ def _tensor_difference(name: str, first: Tensor, second: Tensor) -> Difference:
     places = (one != two).nonzero().flatten()
     if not len(places):
         return Difference(f"{name}: 0 in one, -0 in the other", 0.0)
-    place, size = int(places[0]), float((one - two).abs().max())
+    place, size = int(places[0]), float((one - two).abs().nan_to_num(nan=math.inf).max())
     where = [int(index) for index in torch.unravel_index(places[0], first.shape)]
     return Difference(
         f"{name}: {len(places)} of {first.numel()} values differ, by at most {size:.2g}; the first, {where}, is "

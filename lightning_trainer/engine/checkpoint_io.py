@@ -6,7 +6,6 @@ In Lightning's hands it serves every callback that saves, a stock ModelCheckpoin
 from __future__ import annotations
 
 import errno
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,4 +66,4 @@ class DirectoryCheckpointIO(CheckpointIO):
         if target.is_symlink():
             target.unlink()
         elif target.is_dir():
-            shutil.rmtree(target)
+            checkpoints.remove(target)

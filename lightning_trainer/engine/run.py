@@ -55,11 +55,18 @@ def run_command(args: list[str]) -> str:
     """
     with quiet_stack():
         cli = TrainerCLI(args)
-        try:
+        with known_failures():
             cli.run()
-        except (NonFiniteError, CheckpointWriteError, DtypeError, RankFailed) as error:
-            raise FailedRun(str(error)) from error
         return cli.summary()
+
+
+@contextmanager
+def known_failures() -> Iterator[None]:
+    """What can go wrong while training and says all there is to say becomes a FailedRun."""
+    try:
+        yield
+    except (NonFiniteError, CheckpointWriteError, DtypeError, RankFailed) as error:
+        raise FailedRun(str(error)) from error
 
 
 @contextmanager

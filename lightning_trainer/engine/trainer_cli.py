@@ -31,7 +31,7 @@ from lightning_trainer.data import ChatDataModule
 from lightning_trainer.engine.checkpoint_io import DirectoryCheckpointIO
 from lightning_trainer.engine.config.config_file import ConfigError
 from lightning_trainer.engine.config.parser import ConfigParser
-from lightning_trainer.engine.launcher import look_after_ranks
+from lightning_trainer.engine.launcher import leave_sigterm_to_us, use_rank_launcher
 from lightning_trainer.engine.logger import RunLogger
 from lightning_trainer.engine.run_directory import RunDirectory, check_unchanged, rank
 from lightning_trainer.engine.run_record import RunRecord
@@ -237,7 +237,8 @@ class TrainerCLI(LightningCLI):
             trainer = self._instantiate_trainer({**config, "callbacks": callbacks}, [])
         except (MisconfigurationException, ValueError) as error:
             raise InputError(str(error), key="trainer") from error
-        look_after_ranks(trainer)
+        use_rank_launcher(trainer)
+        leave_sigterm_to_us(trainer)
         return trainer
 
     def _logger(self, given: Any) -> Any:

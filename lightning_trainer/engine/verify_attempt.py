@@ -15,11 +15,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_trainer.callbacks import NonFiniteError
-from lightning_trainer.checkpoints import CheckpointWriteError
-from lightning_trainer.engine.run import FailedRun, quiet_stack
+from lightning_trainer.engine.run import known_failures, quiet_stack
 from lightning_trainer.engine.trainer_cli import TrainerCLI
-from lightning_trainer.precision.single_dtype import DtypeError
 from lightning_trainer.types import Batch, InputError
 
 
@@ -60,10 +57,8 @@ def carry_out(path: Path) -> None:
         cli.datamodule.run_date = plan.date
         trainer: Any = cli.trainer
         trainer.callbacks.insert(0, StopAfter(plan))
-        try:
+        with known_failures():
             cli.run()
-        except (NonFiniteError, CheckpointWriteError, DtypeError) as error:
-            raise FailedRun(str(error)) from error
 
 
 class StopAfter(Callback):

@@ -34,6 +34,9 @@ from lightning_trainer.types import InputError
 LEFT_OUT = (PreviewCallback, HuggingFaceExport, StatusFile, Checkpoint)
 """Callbacks that only write; some into directories of their own."""
 
+NEVER = 1 << 40
+"""Optimizer steps."""
+
 ENDED = (0, 128 + signal.SIGTERM)
 
 Launch = Callable[[Path, Path], int]
@@ -101,6 +104,8 @@ class _Attempt:
         Plan(given, str(self.folder / name), self.steps, halfway, self.date).save(plan)
         log = self.folder / f"{name}.log"
         status = self.launch(plan, log)
+        if halfway and status == 0:
+            raise FailedRun(f"the run ends by itself before optimizer step {self.steps // 2}: lower --steps")
         if status not in ENDED:
             _fail(status, log)
         last = checkpoints.find_last(directory / "checkpoints", lambda _: None)
@@ -145,7 +150,13 @@ def _existing(path: Path) -> Path:
 
 @contextmanager
 def _folder(beside: Path, prefix: str) -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=beside))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=beside))
+    except OSError as error:
+        raise InputError(
+            f"no folder can be made in {str(beside)!r} ({error.strerror}); name another place",
+            key="trainer.default_root_dir",
+        ) from error
     try:
         yield folder
     finally:
@@ -162,7 +173,7 @@ def _write_config(cli: TrainerCLI, path: Path) -> tuple[str, ...]:
     # The attempts log beside themselves; a logger stays, since callbacks may ask for one.
     trainer.update({"logger": None, "enable_progress_bar": False, "fast_dev_run": False})
     # Every checkpoint but the last would only take time and room.
-    config["checkpoint"].update({"every_n_train_steps": 1 << 40, "keep_last": 1, "monitor": None})
+    config["checkpoint"].update({"every_n_train_steps": NEVER, "keep_last": 1, "monitor": None})
     path.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return tuple(_class_of(callback).__name__ for callback in given if callback not in trainer["callbacks"])
 

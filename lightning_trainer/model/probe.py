@@ -79,7 +79,8 @@ def refuse_leaks(model: PreTrainedModel) -> None:
     except InputError:
         raise
     except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError, KeyError) as error:
-        raise InputError(f"{_name(model)} cannot take packed rows: {error}; {WAY_OUT}", key="data.packing") from error
+        why = f"{type(error).__name__}: {error}"
+        raise InputError(f"{_name(model)} cannot take packed rows: {why}; {WAY_OUT}", key="data.packing") from error
     if not found.holds(model.dtype):
         raise InputError(f"{_name(model)} lets packed examples see each other: {found}; {WAY_OUT}", key="data.packing")
 

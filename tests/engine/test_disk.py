@@ -127,8 +127,9 @@ def test_the_temporary_folder_does_not_matter(fit: Fit, tmp_path: Path) -> None:
     elsewhere.mkdir()
     try:
         environment = {"TMPDIR": str(elsewhere)}
-        killed = {"in_save": 2, "kill_at": 13, "points": str(tmp_path / "points.txt")}
+        killed = {"in_save": 2, "kill_at": 14, "points": str(tmp_path / "points.txt")}
         assert fit(env=environment, **killed)[0] == KILLED
+        assert (tmp_path / "points.txt").read_text().splitlines()[-1] == "half .step/trainer.pt"
         assert [path for path in elsewhere.rglob("*") if path.is_file()] == []
         assert checkpoints.find_last(tmp_path / "run" / "checkpoints", pytest.fail) is not None
         assert fit("--ckpt_path", "last", env={"TMPDIR": str(tmp_path / "not there")})[0] == 0

@@ -457,6 +457,15 @@ def test_a_monitor_that_is_not_there_is_named(monitor: str, job: Job, capsys: An
     assert f"there is no metric {monitor!r}" in capsys.readouterr().err
 
 
+def test_the_checkpoint_of_the_best_step_knows_that_it_is(job: Job, tmp_path: Path) -> None:
+    """Its save is due anyway; a run resumed there must not delete it for another."""
+    config = job(trainer={"max_steps": 2, "val_check_interval": 2}, checkpoint={"monitor": "val/loss"})
+    assert fit(config, "--checkpoint.every_n_train_steps", "1") == 0
+    states = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt" / "trainer.pt", weights_only=True)["callbacks"]
+    [best] = [state["best"] for state in states.values() if "best" in state]
+    assert best[0][1] == max(step for _, step in best)
+
+
 def test_the_best_are_kept_besides_the_newest(job: Job, tmp_path: Path, scalars: Scalars) -> None:
     config = job(
         trainer={"val_check_interval": 0.25, "max_epochs": 3},

@@ -103,9 +103,10 @@ def differences(weights: Any, scalars: Scalars) -> Callable[[Path, Path], list[s
     def find(first: Path, second: Path) -> list[str]:
         one, two = ({**weights(run / "checkpoints/last.ckpt"), **generators(run)} for run in (first, second))
         assert one.keys() == two.keys()
-        curves = [scalars(run) for run in (first, second)]
+        curves = [{tag: c for tag, c in scalars(run).items() if "second" not in tag} for run in (first, second)]
+        assert curves[0].keys() == curves[1].keys()
         found = [key for key in one if not torch.equal(one[key], two[key])]
-        return found + [tag for tag in curves[0] if "second" not in tag and curves[1][tag] != curves[0][tag]]
+        return found + [tag for tag in curves[0] if curves[1][tag] != curves[0][tag]]
 
     return find
 

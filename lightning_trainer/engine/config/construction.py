@@ -38,7 +38,8 @@ class Construction:
         if self._refused is None:
             return None
         class_type, reason = self._refused
-        if (str(reason).splitlines() or [""])[0] not in str(error):
+        first, *_ = str(reason).splitlines() or [""]
+        if not first or first not in str(error):
             return None
         key = getattr(reason, "key", None) or _key_of(class_type, config.get(command))
         name = class_type.__name__

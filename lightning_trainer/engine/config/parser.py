@@ -72,7 +72,7 @@ class ConfigParser(LightningArgumentParser):
             return part
         construction = Construction()
         try:
-            builder = [(construction.build, object, True)]
+            builder = [*(instantiators or ()), (construction.build, object, True)]
             whole: Namespace = super().instantiate(namespace, instantiate_groups, instantiators=builder)
             return whole
         except InputError:
