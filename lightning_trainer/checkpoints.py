@@ -75,7 +75,7 @@ def write(target: Path, fill: Callable[[Path], None], about: dict[str, Any]) -> 
             _sync_directory(directory)
         _put_in_place(tmp, target)
     except OSError as error:
-        number, why = _explain(error, tmp)  # while what was written still fills the disk
+        number, why = explain(error, tmp)  # while what was written still fills the disk
         raise CheckpointWriteError(number, f"the checkpoint {target} could not be written: {why}") from error
     finally:
         shutil.rmtree(tmp, ignore_errors=True)  # after the rename there is none
@@ -114,25 +114,25 @@ def remove(directory: Path) -> None:
     shutil.rmtree(tmp)
 
 
-def _explain(error: OSError, tmp: Path) -> tuple[int, str]:
+def explain(error: Exception, tmp: Path) -> tuple[int, str]:
     """(errno, why a write failed and what to do), for errors of libraries too, which do not say that a disk is full."""
     told = _OS_ERROR.search(str(error))
-    number = int(told[1]) if told else error.errno or errno.EIO
+    number = int(told[1]) if told else getattr(error, "errno", None) or errno.EIO
     try:
         there = next(path for path in (tmp, *tmp.parents) if path.exists())
         free = shutil.disk_usage(there).free
         largest = max((path.stat().st_size for path in tmp.rglob("*") if path.is_file()), default=0)
     except OSError:  # the disk itself fails
         return number, str(error)
-    if number in (errno.ENOSPC, errno.EDQUOT) or free < _FULL:
+    if number in (errno.ENOSPC, errno.EDQUOT) or (number == errno.EIO and free < _FULL):
         return errno.ENOSPC, f"the disk of {tmp.parent} is full ({free // 1024} KiB are left); free some space there"
     limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     if number == errno.EFBIG or largest >= limit != resource.RLIM_INFINITY:
         lift = "lift the limit (ulimit -f) or choose another disk"
         return errno.EFBIG, f"no file may be larger than {limit} bytes here; {lift}"
-    reason = " ".join(str(error.strerror or error).split())
+    reason = " ".join(str(getattr(error, "strerror", None) or error).split())
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return number, f"{reason}: {error.filename or there}; make {tmp.parent} writable"
+        return number, f"{reason}: {getattr(error, 'filename', None) or there}; make {tmp.parent} writable"
     return number, reason
 
 
@@ -173,7 +173,7 @@ def about(directory: Path) -> dict[str, Any]:
     """
     try:
         content: dict[str, Any] = json.loads((directory / INDEX).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{str(directory)!r} is no checkpoint of this trainer: {error}", key="ckpt_path") from error
     if not isinstance(content, dict):
         raise InputError(f"{str(directory / INDEX)!r} is no index of a checkpoint", key="ckpt_path")
@@ -183,11 +183,16 @@ def about(directory: Path) -> dict[str, Any]:
 def damage(directory: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None. Reads every byte."""
     try:
-        files = {name: (want["bytes"], want["sha256"]) for name, want in about(directory)["files"].items()}
+        index = about(directory)
+        files = {name: (want["bytes"], want["sha256"]) for name, want in index["files"].items()}
     except InputError as error:
         return str(error)
     except (KeyError, TypeError, AttributeError):
         return f"{INDEX} does not list its files"
+    if STATE not in files or not any(name.endswith(".safetensors") for name in files):
+        return f"{INDEX} lists no {STATE} or no weights"
+    if not isinstance(index.get("global_step"), int):
+        return f"{INDEX} does not say which optimizer step it is of"
     for name, (size, digest) in files.items():
         wrong = _damage_of(directory / name, size, digest)
         if wrong is not None:
@@ -223,7 +228,7 @@ def point_last(folder: Path, target: Path) -> None:
         os.replace(tmp, last)
         _sync_directory(folder)
     except OSError as error:
-        number, why = _explain(error, tmp)
+        number, why = explain(error, tmp)
         raise CheckpointWriteError(number, f"{last} could not be made to name {target.name}: {why}") from error
 
 
@@ -235,7 +240,10 @@ def find_last(folder: Path, say: Callable[[str], None]) -> Path | None:
         say: Told of every damaged checkpoint that was passed over.
     """
     candidates = [path for _, path in reversed(step_directories(folder))]
-    last = (folder / LAST).resolve()
+    try:
+        last = (folder / LAST).resolve()
+    except (OSError, RuntimeError):  # a link to itself
+        last = folder / "none"
     if last.is_dir() and last not in (path.resolve() for path in candidates):
         candidates.append(last)  # a run whose step directories were renamed
     for path in candidates:

@@ -130,11 +130,12 @@ def test_directories_within_a_checkpoint(tmp_path: Path) -> None:
     """A tokenizer with several chat templates saves them in `additional_chat_templates/`."""
 
     def with_folder(directory: Path) -> None:
+        fill("weights")(directory)
         (directory / "additional_chat_templates").mkdir()
         (directory / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
 
     path = tmp_path / checkpoints.step_name(1)
-    checkpoints.write(path, with_folder, {})
+    checkpoints.write(path, with_folder, {"global_step": 1})
     assert checkpoints.damage(path) is None
     (path / "additional_chat_templates" / "tool_use.jinja").unlink()
     wrong = checkpoints.damage(path)
@@ -245,3 +246,20 @@ def test_leftovers_of_a_killed_save_are_removed(tmp_path: Path) -> None:
     checkpoints.remove_leftovers(tmp_path)
     assert names(tmp_path) == ["last.ckpt", "step=000001.ckpt"]
     assert checkpoints.damage(path) is None
+
+
+@pytest.mark.parametrize("content", ['{"files": {}, "global_step": 1}', "[" * 100_000])
+def test_an_index_that_says_too_little_is_damage(content: str, tmp_path: Path) -> None:
+    make(tmp_path, 1, "old")
+    path = make(tmp_path, 2, "new")
+    (path / checkpoints.INDEX).write_text(content)
+    said: list[str] = []
+    assert checkpoints.find_last(tmp_path, said.append) == tmp_path / checkpoints.step_name(1)
+    assert len(said) == 1
+
+
+def test_a_link_to_itself_is_no_checkpoint(tmp_path: Path) -> None:
+    path = make(tmp_path, 1, "old")
+    (tmp_path / checkpoints.LAST).unlink(missing_ok=True)
+    (tmp_path / checkpoints.LAST).symlink_to(checkpoints.LAST)
+    assert checkpoints.find_last(tmp_path, pytest.fail) == path

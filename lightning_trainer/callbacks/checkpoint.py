@@ -67,6 +67,7 @@ class RunCheckpoint(Checkpoint):
         self._save_after_validation = False
         self._rng: list[dict[str, Any]] = []
         self._host_group: Any = None
+        self._stop_asked = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Clear away what a killed save left behind."""
@@ -116,7 +117,11 @@ class RunCheckpoint(Checkpoint):
         """At a step boundary: save when it is time, and end the run when a signal asked for it."""
         loop = trainer.fit_loop.epoch_loop
         if loop._should_accumulate():
+            # A stop, by a clock say, waits for the step's end: what is half accumulated could not be gone on with.
+            self._stop_asked |= trainer.should_stop
+            trainer.should_stop = False
             return
+        trainer.should_stop |= self._stop_asked
         self._validation_due = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
         ends = loop._num_ready_batches_reached() or trainer.should_stop or trainer.global_step == trainer.max_steps
         if self._validation_due or ends:

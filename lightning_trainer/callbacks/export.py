@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from safetensors import SafetensorError
 
-from lightning_trainer import pretrained
+from lightning_trainer import checkpoints, pretrained
 from lightning_trainer.types import InputError
 
 
@@ -29,6 +30,7 @@ class HuggingFaceExport(Callback):
     def __init__(self, directory: str | None = None, merge: bool = False) -> None:
         self.directory, self.merge = directory, merge
         self.written: Path | None = None
+        self._trained = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to merge into packed weights.
@@ -41,24 +43,54 @@ class HuggingFaceExport(Callback):
                 "HuggingFaceExport cannot merge adapters into 4-bit weights: set merge: false", key="trainer.callbacks"
             )
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the export."""
-        if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that there will be something new to export."""
+        self._trained = True
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the export, once the last checkpoint is safe; of a run that was through before, if it is missing.
+
+        Raises:
+            CheckpointWriteError: It could not be written.
+        """
+        if trainer.fast_dev_run or not trainer.is_global_zero or not trainer.global_step:  # type: ignore[attr-defined]
             return
-        module: Any = pl_module
         target = Path(self.directory) if self.directory else Path(trainer.default_root_dir) / "export"
+        if not self._trained and target.exists():
+            return
         tmp, old = (target.with_name(f".{target.name}.{word}-{os.getpid()}") for word in ("tmp", "old"))
-        target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            module.save_pretrained(tmp)
-            if self.merge and module.adapter is not None:
-                merged = module.adapter.merged()
-                pretrained.save_weights(merged, module.causal_lm, module.tokenizer, tmp / "merged")
+            _remove_leftovers(target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._write(tmp, pl_module)
             if target.exists():
                 target.rename(old)
             tmp.rename(target)
+        except (OSError, SafetensorError) as error:
+            number, why = checkpoints.explain(error, tmp)
+            way = "the last checkpoint has the model, and --ckpt_path last exports it"
+            text = f"the export {target} could not be written: {why}; {way}"
+            raise checkpoints.CheckpointWriteError(number, text) from error
         finally:
             shutil.rmtree(tmp, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
         self.written = target
         trainer.print(f"exported to {target}")
+
+    def _write(self, directory: Path, pl_module: LightningModule) -> None:
+        module: Any = pl_module
+        module.save_pretrained(directory)
+        if self.merge and module.adapter is not None:
+            merged = module.adapter.merged()
+            pretrained.save_weights(merged, module.causal_lm, module.tokenizer, directory / "merged")
+
+
+def _remove_leftovers(target: Path) -> None:
+    """What a kill left; an export that was about to be replaced is put back."""
+    for old in target.parent.glob(f".{target.name}.old-*"):
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(target)
+    for tmp in target.parent.glob(f".{target.name}.tmp-*"):
+        shutil.rmtree(tmp, ignore_errors=True)

@@ -45,12 +45,15 @@ def _verify(steps: int, words: list[str], launch: Launch | None) -> int:
     with quiet_stack():
         cli = TrainerCLI(["fit", *words])
     with cli.config_errors(), attempts(cli, steps, lambda text: print(text, flush=True), launch) as made:
-        found = compare(
-            read_record(made.folder, made.undisturbed),
-            read_record(made.folder, made.stopped),
-            read_record(made.folder, made.resumed),
-            (made.straight, made.broken),
-        )
+        names = (made.undisturbed, made.stopped, made.resumed)
+        straight, stopped, resumed = (read_record(made.folder, name) for name in names)
+        if not resumed.steps:
+            last = max(stopped.steps, default=0)
+            raise FailedRun(
+                f"the run ends at optimizer step {last}, where it was stopped, and nothing was left to go on with; "
+                "take another --steps, or leave out what ends the run"
+            )
+        found = compare(straight, stopped, resumed, (made.straight, made.broken))
     if made.left_out:
         print(f"left out, as they only write: {', '.join(made.left_out)}")
     return _tell(found)

@@ -56,6 +56,8 @@ class Record:
 
 def read_record(folder: Path, name: str) -> Record:
     """Put the ranks' notes together."""
+    if not _files(folder, name):
+        return Record({}, (), "")
     ranks = [[json.loads(line) for line in path.read_text("utf-8").splitlines()] for path in _files(folder, name)]
     steps = {
         entries[0]["step"]: Step(tuple(e["rows"] for e in entries), tuple(e["loss"] for e in entries))

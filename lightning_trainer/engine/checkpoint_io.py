@@ -6,7 +6,9 @@ In Lightning's hands it serves every callback that saves, a stock ModelCheckpoin
 from __future__ import annotations
 
 import errno
+import re
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -37,6 +39,12 @@ class DirectoryCheckpointIO(CheckpointIO):
                 if write_pretrained is not None:
                     write_pretrained(directory)
                 torch.save(state, directory / checkpoints.STATE)
+                # Or it would be found out on resume. Mapped: only what is not tensors is read.
+                torch.load(directory / checkpoints.STATE, map_location="cpu", weights_only=True, mmap=True)
+            except UnpicklingError as error:
+                raise OSError(
+                    errno.EINVAL, f"what a callback keeps cannot be read back: {_object_in(error)}"
+                ) from error
             except (SafetensorError, RuntimeError) as error:
                 raise OSError(errno.EIO, str(error)) from error
 
@@ -67,3 +75,10 @@ class DirectoryCheckpointIO(CheckpointIO):
             target.unlink()
         elif target.is_dir():
             checkpoints.remove(target)
+
+
+def _object_in(error: UnpicklingError) -> str:
+    """What torch will not read, and what may be kept instead."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    what = found[1] if found else str(error).splitlines()[0]
+    return f"{what}; its state_dict() may hold tensors, numbers, strings, lists and dicts"

@@ -191,13 +191,22 @@ class RankLauncher(_SubprocessScriptLauncher):
             self._end_others()
 
     def _watch(self, heard: Callable[[], int]) -> None:
+        asked = 0
         while not self._finished.wait(_POLL):
             self._failed = self._find_failed()
             signum = heard()
             if self._failed is not None:
                 self._end_after(self._failed)
-            elif signum and is_interruptible() and not self._finished.wait(GRACE) and is_interruptible():
-                self._exit_now(128 + signum)
+            elif signum:
+                asked += 1
+                # While training, RunCheckpoint answers at the end of the step. Asked twice, nothing is waited for: this
+                # rank may be waiting for one that hangs.
+                if self._is_to_end(asked) and not self._finished.wait(GRACE) and self._is_to_end(asked):
+                    self._exit_now(128 + signum)
+
+    @staticmethod
+    def _is_to_end(asked: int) -> bool:
+        return (is_interruptible() or asked > 1) and not is_protected()
 
     def _find_failed(self) -> FailedRank | None:
         if self._parent is not None and os.getppid() != self._parent:
@@ -229,8 +238,8 @@ class RankLauncher(_SubprocessScriptLauncher):
         """What ended the run, where this rank's error is only that it lost another."""
         if _is_broken_connection(error):
             self._failed = _wait_for(self._find_failed, 3.0 if self.procs else 0.0)
-            if self._failed is None and not self.procs:
-                return RankFailed(f"the connection to another rank broke: {error}")
+            if self._failed is None:
+                return RankFailed(f"ranks could not connect, or lost each other: {error}")
         elif not (self._sigterm_sent and isinstance(error, Interrupted)):
             return None
         if self._failed is None:

@@ -17,13 +17,14 @@ class RunRecord(Callback):
         directory: Of the run.
         config: Gives the whole configuration as YAML.
         description: What the run is for.
+        run_id: Its name, the same on resume.
 
     Attributes:
         began: Whether training has started: from then on the directory is taken.
     """
 
-    def __init__(self, directory: RunDirectory, config: Callable[[], str], description: str) -> None:
-        self.directory, self.config, self.description = directory, config, description
+    def __init__(self, directory: RunDirectory, config: Callable[[], str], description: str, run_id: str) -> None:
+        self.directory, self.config, self.description, self.run_id = directory, config, description, run_id
         self.began = False
         self._about: dict[str, Any] = {}
 
@@ -33,6 +34,7 @@ class RunRecord(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         module: Any = pl_module
         self._about = {
+            "id": self.run_id,
             "date": data.run_date,
             "fingerprints": data.fingerprints(),
             "lock": module.locked.as_dict() if module.locked is not None else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -171,6 +172,7 @@ class TrainerCLI(LightningCLI):
         self.run_directory = RunDirectory(self._value("trainer.default_root_dir"))
         self.resumed_from = self.run_directory.resolve_checkpoint(self._value("ckpt_path"))
         self._recorded = {} if self.resumed_from is None else about(self.resumed_from).get("run") or {}
+        self._run_id = str(self._recorded.get("id") or uuid.uuid4().hex)
         if self.subcommand == "fit":
             self.run_directory.check_writable()
 
@@ -262,7 +264,8 @@ class TrainerCLI(LightningCLI):
                 callback.dirpath = str(self.run_directory.checkpoints / type(callback).__name__)
         always = [self._get(self.config_init, key) for key in ("validation", "checkpoint", "prediction")]
         checks = [SelfCheck()] if self._value("self_check") else []
-        self._record = RunRecord(self.run_directory, self.resolved_config, str(self._value("description")))
+        description = str(self._value("description"))
+        self._record = RunRecord(self.run_directory, self.resolved_config, description, self._run_id)
         return [*checks, TrainLog(), *given, *always, self._record]
 
     def _share_backend(self, callbacks: list[Callback]) -> None:
@@ -270,6 +273,8 @@ class TrainerCLI(LightningCLI):
         for callback in callbacks:
             if getattr(callback, "backend", backend) is None:
                 callback.backend = backend  # type: ignore[attr-defined]
+            if isinstance(own := getattr(callback, "backend", None), PreviewBackend):
+                own.run_id = self._run_id
 
     def after_instantiate_classes(self) -> None:
         """Give the data module what belongs to the run; refuse to go on with other data, before it is tokenised."""

@@ -17,12 +17,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch.callbacks import Checkpoint
+from jsonargparse._util import import_object
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 
 from lightning_trainer import checkpoints
 from lightning_trainer.callbacks import HuggingFaceExport, PreviewCallback, StatusFile
@@ -31,7 +31,7 @@ from lightning_trainer.engine.trainer_cli import TrainerCLI
 from lightning_trainer.engine.verify_attempt import Plan
 from lightning_trainer.types import InputError
 
-LEFT_OUT = (PreviewCallback, HuggingFaceExport, StatusFile, Checkpoint)
+LEFT_OUT = (PreviewCallback, HuggingFaceExport, StatusFile, Checkpoint, ProgressBar)
 """Callbacks that only write; some into directories of their own."""
 
 NEVER = 1 << 40
@@ -171,7 +171,7 @@ def _write_config(cli: TrainerCLI, path: Path) -> tuple[str, ...]:
     given = given if isinstance(given, list) else [given]
     trainer["callbacks"] = [callback for callback in given if not issubclass(_class_of(callback), LEFT_OUT)]
     # The attempts log beside themselves; a logger stays, since callbacks may ask for one.
-    trainer.update({"logger": None, "enable_progress_bar": False, "fast_dev_run": False})
+    trainer.update({"logger": None, "enable_progress_bar": False, "fast_dev_run": False, "max_time": None})
     # Every checkpoint but the last would only take time and room.
     config["checkpoint"].update({"every_n_train_steps": NEVER, "keep_last": 1, "monitor": None})
     path.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
@@ -179,6 +179,5 @@ def _write_config(cli: TrainerCLI, path: Path) -> tuple[str, ...]:
 
 
 def _class_of(callback: dict[str, Any]) -> type:
-    module, _, name = callback["class_path"].rpartition(".")
-    found: type = getattr(import_module(module), name)
+    found: type = import_object(callback["class_path"])
     return found

@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from lightning_trainer.types import InputError
+
 BUCKET = 1 << 24
 """Weights updated at once: bounds the fp32 temporaries to 16 bytes x this, 256 MiB."""
 
@@ -133,9 +135,10 @@ class CompensatedAdamW(Optimizer):
         for number, param in zip(saved, mine, strict=True):
             values = state_dict["state"].get(number, {})
             if values and param.dtype == torch.bfloat16 and "low_bits" not in values:
-                raise ValueError(
-                    "the optimizer state has no low_bits: it is another optimizer's; start from the checkpoint's "
-                    "weights (model.pretrained: CHECKPOINT) instead of resuming"
+                raise InputError(
+                    "the optimizer state has no low_bits: it is another optimizer's or another precision's; start from "
+                    "the checkpoint's weights (model.pretrained: CHECKPOINT) instead of resuming",
+                    key="ckpt_path",
                 )
             for name, value in values.items():
                 self.state[param][name] = value.to(device=param.device, copy=True)

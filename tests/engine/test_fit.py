@@ -466,6 +466,40 @@ def test_the_checkpoint_of_the_best_step_knows_that_it_is(job: Job, tmp_path: Pa
     assert best[0][1] == max(step for _, step in best)
 
 
+def test_a_stop_in_the_middle_of_a_step_waits_for_its_end(
+    job: Job, tmp_path: Path, scalars: Scalars, weights: Any
+) -> None:
+    config = job(trainer={"accumulate_grad_batches": 3, "max_steps": 4})
+    straight = ["--trainer.default_root_dir", str(tmp_path / "straight")]
+    assert fit(config, *straight) == 0
+    clock = ["--trainer.callbacks", "[{class_path: planted.EndsInAWindow, init_args: {batches: 4}}]"]
+    assert fit(config, *clock) == 0
+    run = tmp_path / "run"
+    assert (run / "checkpoints" / "last.ckpt").resolve().name == "step=000002.ckpt"
+    assert scalars(run)["train/loss"] == scalars(tmp_path / "straight")["train/loss"][:2]
+    assert fit(config, "--ckpt_path", "last") == 0
+    assert same(weights(run / "checkpoints/last.ckpt"), weights(tmp_path / "straight" / "checkpoints/last.ckpt"))
+
+
+def test_a_failed_export_costs_no_checkpoint_and_is_made_up_for(job: Job, tmp_path: Path, capsys: Any) -> None:
+    export = {"class_path": "HuggingFaceExport", "init_args": {"directory": "/proc/nothing/here"}}
+    config = job(trainer={"max_steps": 2, "callbacks": [export]}, checkpoint={"every_n_train_steps": 100})
+    assert fit(config) == 1
+    assert "error: the export /proc/nothing/here could not be written" in capsys.readouterr().err
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").resolve().name == "step=000002.ckpt"
+    (tmp_path / "run" / ".export.tmp-1").mkdir()
+    assert fit(config, "--ckpt_path", "last", "--trainer.callbacks.directory", "null") == 0
+    assert (tmp_path / "run" / "export" / "model.safetensors").exists()
+    assert not (tmp_path / "run" / ".export.tmp-1").exists()
+
+
+def test_state_that_could_not_be_read_back_is_refused_when_it_is_saved(job: Job, capsys: Any) -> None:
+    assert fit(job(trainer={"callbacks": ["planted.KeepsAnObject"], "max_steps": 1})) == 1
+    assert (
+        "what a callback keeps cannot be read back: planted.Odd; its state_dict() may hold" in capsys.readouterr().err
+    )
+
+
 def test_the_best_are_kept_besides_the_newest(job: Job, tmp_path: Path, scalars: Scalars) -> None:
     config = job(
         trainer={"val_check_interval": 0.25, "max_epochs": 3},

@@ -97,7 +97,7 @@ def test_a_broken_connection_says_what_broke(launcher: Start, monkeypatch: pytes
 
     started = launcher("")
     monkeypatch.setattr(started, "_call_children_scripts", lambda: None)
-    with pytest.raises(RankFailed, match="port 29500: address in use"):
+    with pytest.raises(RankFailed, match="ranks could not connect, or lost each other: port 29500: address in use"):
         started.launch(fail)
 
 

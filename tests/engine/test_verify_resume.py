@@ -16,6 +16,7 @@ from fork_server import ForkServer, Job
 
 from lightning_trainer import cli
 from lightning_trainer.commands import verify_resume
+from lightning_trainer.diagnose.verify_resume import Record, read_record
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 
@@ -124,6 +125,20 @@ def test_an_attempt_that_fails_exits_1(verify: Any, job: Callable[..., Path], tm
     assert verify(config, "--steps", "4") == 1
     assert "no file may be larger than 20000 bytes" in capsys.readouterr().err
     assert left_behind(tmp_path) == []
+
+
+def test_a_run_that_ends_where_it_is_stopped_proves_nothing(
+    verify: Any, job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def read(folder: Path, name: str) -> Record:
+        return read_record(folder, "nothing" if name == "resumed" else name)
+
+    monkeypatch.setattr(verify_resume, "read_record", read)
+    config = job(trainer={"callbacks": ["TQDMProgressBar"], "enable_progress_bar": True})
+    assert verify(config, "--steps", "4") == 1
+    told = capsys.readouterr()
+    assert "the run ends at optimizer step 2, where it was stopped, and nothing was left to go on with" in told.err
+    assert "exact" not in told.out
 
 
 def start(config: Path) -> subprocess.Popen[str]:

@@ -34,6 +34,27 @@ class NudgeOnResume(Callback):
                 dict(module.named_parameters())["model.model.norm.weight"][5] += 0.25
 
 
+class Odd:
+    """No plain value."""
+
+
+class KeepsAnObject(Callback):
+    """State that can be written and not be read back."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kept": Odd()}
+
+
+class EndsInAWindow(Callback):
+    """Stops training after a number of micro-batches, as a clock may."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        trainer.should_stop |= batch_idx + 1 == self.batches
+
+
 class Forgetful(Callback):
     """Noise from a generator of its own, whose state it forgets to save."""
 
