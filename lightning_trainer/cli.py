@@ -19,6 +19,7 @@ COMMANDS = {
     "check": ("check", "what fit would do with a configuration, and what looks wrong"),
     "inspect": ("inspect", "what the model will see of the first rows"),
     "status": ("status", "how a run stands"),
+    "serve": ("serve", "answer previews with a second GPU's copy of the model"),
     "verify-resume": ("verify_resume", "whether a run that is stopped and resumed ends as if it had not been"),
     "convert": ("convert", "a job's JSON of earlier versions as YAML"),
 }

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 32
 """Prompts generated at once; more are split, so that the KV cache stays bounded."""
+
+OnStep = Callable[[int, list[int]], None]
+"""Called once per generated token of a batch, with the number of its first prompt and the new token of each row."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,12 @@ class Generation:
     seconds: float
 
 
-def generate(model: PreTrainedModel, requests: Sequence[PreviewRequest], sampling: SamplingParams) -> list[Generation]:
+def generate(
+    model: PreTrainedModel,
+    requests: Sequence[PreviewRequest],
+    sampling: SamplingParams,
+    on_step: OnStep | None = None,
+) -> list[Generation]:
     """Answer every request, in order.
 
     The model is left as it was found: flags, attention, random generators. Greedy answers do not depend on which
@@ -46,17 +55,23 @@ def generate(model: PreTrainedModel, requests: Sequence[PreviewRequest], samplin
         model: On any device; its weights are only read.
         requests: Prompts of any lengths; shorter ones are padded on the left.
         sampling: For all prompts alike.
+        on_step: Sees every token as it is chosen: padding where a row has stopped, -1 from the step on at which its
+            logits were NaN or Inf. What it raises ends the generation and is raised here.
     """
     answers: list[Generation] = []
     with quiet(model), torch.random.fork_rng(devices=_cuda_devices(model)):
         torch.manual_seed(sampling.seed)
         for start in range(0, len(requests), MAX_ROWS):
-            answers += _generate_batch(model, requests[start : start + MAX_ROWS], sampling)
+            step = None if on_step is None else partial(on_step, start)
+            answers += _generate_batch(model, requests[start : start + MAX_ROWS], sampling, step)
     return answers
 
 
 def _generate_batch(
-    model: PreTrainedModel, requests: Sequence[PreviewRequest], sampling: SamplingParams
+    model: PreTrainedModel,
+    requests: Sequence[PreviewRequest],
+    sampling: SamplingParams,
+    on_step: Callable[[list[int]], None] | None,
 ) -> list[Generation]:
     from transformers import GenerationConfig
 
@@ -80,10 +95,11 @@ def _generate_batch(
     processors: list[Any] = [finite]
     if any(request.rules for request in requests):
         processors.append(RuleProcessor([request.rules for request in requests], input_ids.shape[1]))
+    hooks: dict[str, Any] = {} if on_step is None else {"stopping_criteria": [_Watcher(on_step, finite)]}
     generate_tokens: Any = model.generate
     with torch.inference_mode():
         output = generate_tokens(
-            input_ids, attention_mask=attention_mask, generation_config=config, logits_processor=processors
+            input_ids, attention_mask=attention_mask, generation_config=config, logits_processor=processors, **hooks
         )
     rows = output[:, input_ids.shape[1] :].tolist()
     seconds = time.perf_counter() - started
@@ -118,6 +134,18 @@ class _FiniteGuard:
         bad = ~torch.isfinite(scores).all(dim=-1)
         self.broken = self.broken.to(scores.device) | bad
         return torch.where(bad[:, None], torch.zeros_like(scores), scores)
+
+
+class _Watcher:
+    """A stopping criterion that stops nothing: transformers calls it once per token."""
+
+    def __init__(self, on_step: Callable[[list[int]], None], finite: _FiniteGuard) -> None:
+        self._on_step, self._finite = on_step, finite
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        tokens = torch.where(self._finite.broken, -1, input_ids[:, -1])
+        self._on_step(tokens.tolist())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 @contextmanager

@@ -114,6 +114,10 @@ LogitsRule = TokenPenalty | AfterSequence | ForbidTokens | RepetitionPenalty
 """A closed set of rules as data: token ids in, so that a worker needs neither tokenizer nor profile."""
 
 
+LEAST_TEMPERATURE = 1e-3
+"""Logits divided by less than this may overflow, and no token would have a probability."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen.
@@ -137,8 +141,10 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {self.temperature}")
+        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < float("inf"):
+            raise ValueError(
+                f"temperature must be 0 (greedy) or a number from {LEAST_TEMPERATURE:g}, not {self.temperature}"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], not {self.top_p}")
         if self.top_k < 0:

@@ -6,7 +6,9 @@ import argparse
 import json
 from dataclasses import replace
 
+from lightning_trainer.callbacks import PreviewCallback, callbacks_of
 from lightning_trainer.diagnose.check import Finding, examine
+from lightning_trainer.diagnose.check_model import empty_model, run_dtype
 from lightning_trainer.engine.run import quiet_stack
 from lightning_trainer.engine.trainer_cli import TrainerCLI
 from lightning_trainer.types import InputError
@@ -27,13 +29,26 @@ def run(command: str, words: list[str]) -> int:
         cli = TrainerCLI(["fit", *rest])
         with cli.config_errors():
             report = examine(cli.model, cli.datamodule, cli.trainer)
-        found = sorted([*_directory_findings(cli), *report.findings], key=lambda finding: finding.severity)
-        report = replace(report, findings=tuple(found))
+            answers, unanswered = _previews(cli)
+        found = sorted([*_directory_findings(cli), *unanswered, *report.findings], key=lambda finding: finding.severity)
+        report = replace(report, findings=tuple(found), previews=answers)
     print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) if given.json else report.as_text())
     severities = {finding.severity for finding in report.findings}
     if "error" in severities:
         return 2
     return 1 if severities and given.strict else 0
+
+
+def _previews(cli: TrainerCLI) -> tuple[str, list[Finding]]:
+    """What answers previews, and what would not."""
+    backends = [c.backend for c in callbacks_of(cli.trainer, PreviewCallback) if c.backend is not None]
+    answers: list[str] = []
+    findings: list[Finding] = []
+    for backend in dict.fromkeys(backends):
+        answer, fault = backend.examine(empty_model(cli.model, run_dtype(cli.trainer), cli.datamodule.packing))
+        answers += [answer] if answer else []
+        findings += [Finding("warning", "preview_backend", fault)] if fault else []
+    return "; ".join(answers), findings
 
 
 def _directory_findings(cli: TrainerCLI) -> list[Finding]:

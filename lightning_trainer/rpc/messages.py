@@ -193,6 +193,7 @@ def _repetition(message: pb.LogitsRule) -> RepetitionPenalty:
     rule = message.repetition
     penalty = _finite(rule.penalty, "repetition.penalty", least=0.0)
     _require(penalty > 0, "repetition.penalty", penalty)
+    _require(rule.window > 0, "repetition.window", rule.window)
     return RepetitionPenalty(penalty, rule.window, message.label)
 
 

@@ -1,0 +1,97 @@
+"""Who may use the model, and the one thread in which it is used."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+
+class Compute:
+    """One thread for everything that touches the model.
+
+    A daemon, and no ThreadPoolExecutor: Python joins the threads of an executor when it exits, and would wait for ever
+    for a kernel that hangs.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self._thread = Thread(target=self._work, name="compute", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Callable[[], Result]) -> Future[Result]:
+        """Run `job` after those submitted before."""
+        future: Future[Result] = Future()
+        self._jobs.put((future, job))
+        return future
+
+    async def run(self, job: Callable[[], Result]) -> Result:
+        """Its result; the event loop goes on meanwhile."""
+        return await asyncio.wrap_future(self.submit(job))
+
+    def close(self, timeout: float) -> bool:
+        """End the thread; False if it is still at work after `timeout` seconds."""
+        self._jobs.put(None)
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _work(self) -> None:
+        while (item := self._jobs.get()) is not None:
+            future, job = item
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(job())
+            except BaseException as error:  # whoever waits for the result raises it
+                future.set_exception(error)
+            del future, job, item
+
+
+class Turns:
+    """One at a time, in the order of their coming; an urgent one goes before those who wait.
+
+    Belongs to one event loop.
+    """
+
+    def __init__(self) -> None:
+        self._taken = False
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    @property
+    def waiting(self) -> int:
+        """How many wait."""
+        return len(self._waiting)
+
+    @property
+    def taken(self) -> bool:
+        """Whether someone has the turn."""
+        return self._taken
+
+    async def take(self, urgent: bool = False) -> None:
+        """Wait for the turn; `give` it back."""
+        if not self._taken:
+            self._taken = True
+            return
+        place = asyncio.get_running_loop().create_future()
+        (self._waiting.appendleft if urgent else self._waiting.append)(place)
+        try:
+            await place
+        except asyncio.CancelledError:
+            if place.cancelled():
+                self._waiting.remove(place)
+            else:  # the turn was handed over in the same moment
+                self.give()
+            raise
+
+    def give(self) -> None:
+        """Hand the turn to the next."""
+        if self._waiting:
+            self._waiting.popleft().set_result(None)
+        else:
+            self._taken = False

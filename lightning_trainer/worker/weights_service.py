@@ -1,0 +1,115 @@
+"""Weights on the wire: Begin, Upload, Commit, Abort."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import grpc
+
+from lightning_trainer.rpc import preview_pb2 as pb
+from lightning_trainer.rpc.errors import Reason, Refusal
+from lightning_trainer.rpc.preview_pb2_grpc import WeightsServicer
+from lightning_trainer.worker.boundary import answered
+from lightning_trainer.worker.host import Host
+
+Response = TypeVar("Response")
+
+log = logging.getLogger(__name__)
+
+
+class Weights(WeightsServicer):
+    """Begin and Commit come one after the other; they go on when their client hangs up, so that it may ask again."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self._one = asyncio.Lock()
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    @answered
+    async def Begin(self, request: pb.BeginRequest, context: Any) -> pb.BeginResponse:
+        """Begin an update, or go on with it."""
+        return await self._whole(self._begin(request))
+
+    async def _begin(self, request: pb.BeginRequest) -> pb.BeginResponse:
+        weights = self.host.resident
+        async with self._one:
+            if weights.admit(request):
+                await self._take_turn()
+                try:
+                    await self.host.compute.run(lambda: weights.prepare(request))
+                finally:
+                    self.host.turns.give()
+                    await self.host.show_health()
+            return weights.begin(request)
+
+    @answered
+    async def Upload(self, request_iterator: Any, context: Any) -> pb.UploadResponse:
+        """Take bytes until the client has sent all."""
+        weights, cursor = self.host.resident, 0
+        while True:
+            try:
+                async with asyncio.timeout(self.host.patience.upload):
+                    chunk = await context.read()
+            except TimeoutError as error:
+                raise Refusal(Reason.REASON_UNAVAILABLE, "no bytes came for too long") from error
+            if chunk is grpc.aio.EOF:
+                return pb.UploadResponse(cursor=cursor)
+            cursor = weights.chunk(chunk, context)
+            self.host.counters["uploaded_bytes_total"] += len(chunk.data)
+
+    @answered
+    async def Commit(self, request: pb.CommitRequest, context: Any) -> pb.CommitResponse:
+        """Verify an update and write it into the model between two generations."""
+        return await self._whole(self._commit(request))
+
+    async def _commit(self, request: pb.CommitRequest) -> pb.CommitResponse:
+        weights = self.host.resident
+        async with self._one:
+            if weights.is_committed(request.target):
+                return pb.CommitResponse(resident=weights.ref)
+            times = [time.monotonic()]
+            update = weights.verify(request)
+            times.append(time.monotonic())
+            await self._take_turn()
+            times.append(time.monotonic())
+            try:
+                await self.host.compute.run(lambda: weights.apply(update))
+            finally:
+                self.host.turns.give()
+                await self.host.show_health()
+            times.append(time.monotonic())
+            self.host.counters["commits_total"] += 1
+            step, content = request.target.global_step, request.target.content_sha256.hex()
+            log.info("weights of step %d (%.8s) are resident", step, content)
+            verify, drain, apply = (round((b - a) * 1e6) for a, b in pairwise(times))
+            return pb.CommitResponse(resident=weights.ref, verify_micros=verify, drain_micros=drain, apply_micros=apply)
+
+    async def _take_turn(self) -> None:
+        """Before those who wait; a generation that goes on for too long is ended."""
+        timer = asyncio.get_running_loop().call_later(self.host.patience.drain, self._supersede)
+        try:
+            await self.host.turns.take(urgent=True)
+        finally:
+            timer.cancel()
+
+    def _supersede(self) -> None:
+        if self.host.running is not None:
+            self.host.running.stop(Refusal(Reason.REASON_STALE_PUBLISH, "newer weights took the place of these"))
+
+    async def _whole(self, steps: Coroutine[Any, Any, Response]) -> Response:
+        task = asyncio.ensure_future(steps)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # seen, should nobody wait by then
+        return await asyncio.shield(task)
+
+    @answered
+    async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortResponse:
+        """Forget an update."""
+        self.host.resident.abort(request.update_id, request.fencing_token)
+        return pb.AbortResponse()

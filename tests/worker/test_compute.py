@@ -1,0 +1,73 @@
+"""Turns and the thread that computes."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from lightning_trainer.worker.compute import Compute, Turns
+
+
+async def queue_up(turns: Turns, order: list[str], name: str, urgent: bool = False) -> None:
+    await turns.take(urgent)
+    order.append(name)
+    await asyncio.sleep(0)
+    turns.give()
+
+
+def test_turns_come_in_order_and_urgent_ones_first() -> None:
+    async def scene() -> list[str]:
+        turns, order = Turns(), []
+        await turns.take()
+        tasks = [asyncio.create_task(queue_up(turns, order, name, name == "urgent")) for name in ("a", "b", "urgent")]
+        await asyncio.sleep(0)
+        assert (turns.waiting, turns.taken) == (3, True)
+        turns.give()
+        await asyncio.gather(*tasks)
+        assert (turns.waiting, turns.taken) == (0, False)
+        return order
+
+    assert asyncio.run(scene()) == ["urgent", "a", "b"]
+
+
+@pytest.mark.parametrize("handed_over", [False, True])
+def test_a_turn_is_not_lost_with_who_waited_for_it(handed_over: bool) -> None:
+    async def scene() -> list[str]:
+        turns, order = Turns(), []
+        await turns.take()
+        given_up = asyncio.create_task(turns.take())
+        last = asyncio.create_task(queue_up(turns, order, "last"))
+        await asyncio.sleep(0)
+        if handed_over:
+            turns.give()
+        given_up.cancel()
+        await asyncio.gather(given_up, return_exceptions=True)
+        if not handed_over:
+            turns.give()
+        await last
+        assert not turns.taken
+        return order
+
+    assert asyncio.run(scene()) == ["last"]
+
+
+def test_the_thread_hands_on_results_and_faults_and_ends() -> None:
+    async def scene() -> None:
+        compute = Compute()
+        assert await compute.run(threading.get_ident) == await compute.run(threading.get_ident)
+        with pytest.raises(ZeroDivisionError):
+            await compute.run(lambda: 1 // 0)
+        assert compute.close(5)
+
+    asyncio.run(scene())
+
+
+def test_a_thread_that_hangs_is_not_waited_for() -> None:
+    compute, gate = Compute(), threading.Event()
+    compute.submit(lambda: gate.wait(5))
+    began = time.monotonic()
+    assert not compute.close(0.05)
+    assert time.monotonic() - began < 1
+    gate.set()
+    assert compute.close(5)
