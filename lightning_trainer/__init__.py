@@ -16,6 +16,7 @@ _HOMES = {
     "ConfigLoader": "engine.job.config_loader",
     "CompensatedAdamW": "model",
     "DataProfile": "profiles",
+    "GrpcPreviewBackend": "preview",
     "LocalPreviewBackend": "preview",
     "PreviewBackend": "preview",
     "PreviewCallback": "callbacks",
@@ -28,6 +29,7 @@ _HOMES = {
     "TrainingStatusReader": "status",
     "TrainingStatusWriter": "status",
     "create_default_config": "engine.job.trainer_config",
+    "create_preview_backend": "preview",
     "get_profile": "profiles",
 }
 

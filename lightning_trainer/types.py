@@ -114,7 +114,7 @@ LogitsRule = TokenPenalty | AfterSequence | ForbidTokens | RepetitionPenalty
 """A closed set of rules as data: token ids in, so that a worker needs neither tokenizer nor profile."""
 
 
-LEAST_TEMPERATURE = 1e-3
+LEAST_TEMPERATURE = 1e-4
 """Logits divided by less than this may overflow, and no token would have a probability."""
 
 

@@ -34,14 +34,19 @@ class Report:
 
     facts: Facts
     findings: tuple[Finding, ...]
+    previews: str = ""
 
     def as_text(self) -> str:
         """One screen."""
-        return screen(self.facts, self.findings)
+        return screen(self.facts, self.findings, self.previews)
 
     def as_dict(self) -> dict[str, Any]:
         """The same as JSON types."""
-        parts = {**asdict(self.facts), "findings": [asdict(finding) for finding in self.findings]}
+        parts = {
+            **asdict(self.facts),
+            "previews": self.previews,
+            "findings": [asdict(finding) for finding in self.findings],
+        }
         plain: dict[str, Any] = json.loads(json.dumps(parts))  # tuples become lists
         return plain
 

@@ -23,13 +23,14 @@ MIB = 1 << 20
 ENDS = {"p0": "min", "p50": "median", "p100": "max"}
 
 
-def screen(facts: Facts, findings: Sequence[Finding]) -> str:
+def screen(facts: Facts, findings: Sequence[Finding], previews: str = "") -> str:
     """Sections of lines, at most 100 columns wide."""
     sections = {
         "model": _model(facts),
         "data": _data(facts),
         "run": _run(facts),
         "memory": _memory(facts.memory, facts.model.gradient_checkpointing),
+        **({"previews": [previews]} if previews else {}),
         "findings": _findings(findings),
     }
     return "\n\n".join(_section(name, lines) for name, lines in sections.items())

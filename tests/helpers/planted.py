@@ -45,6 +45,13 @@ class KeepsAnObject(Callback):
         return {"kept": Odd()}
 
 
+class Slow(Callback):
+    """Steps that take a little longer, so that other processes keep up."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        time.sleep(0.05)
+
+
 class EndsInAWindow(Callback):
     """Stops training after a number of micro-batches, as a clock may."""
 

@@ -19,12 +19,8 @@ NOT_YET: tuple[str, ...] = (
     "monitoring.prompt_snapshot_interval",
     "monitoring.max_output_tokens",
     "monitoring.max_eval_tokens",
-    "monitoring.remote_3090_host",
-    "monitoring.remote_3090_port",
     "monitoring.remote_3090_timeout",
     "monitoring.remote_3090_model_id",
-    "monitoring.remote_3090_ca",
-    "monitoring.remote_3090_token_file",
 )
 """Fields whose feature is not built yet: kept in `to_dict`, without effect, named once at start."""
 
@@ -50,7 +46,7 @@ def lower(config: TrainerConfig) -> dict[str, Any]:
         "model": _model(config),
         "data": _data(config),
         "trainer": _trainer(config),
-        "preview_backend": {"class_path": "LocalPreviewBackend"},
+        "preview_backend": _preview_backend(config),
         "checkpoint": {
             "every_n_train_steps": config.hyperparams.save_steps,
             "keep_last": config.hyperparams.save_total_limit,
@@ -151,6 +147,18 @@ def _logger(config: TrainerConfig) -> Any:
     return True if directory is None else {"class_path": "RunLogger", "init_args": {"directory": directory}}
 
 
+def _preview_backend(config: TrainerConfig) -> dict[str, Any]:
+    watched = config.monitoring
+    if watched.preview_backend == "local":
+        return {"class_path": "LocalPreviewBackend"}
+    host = watched.remote_3090_host
+    host = f"[{host}]" if ":" in host else host
+    options: dict[str, Any] = {"address": f"{host}:{watched.remote_3090_port}"}
+    options |= {"ca": watched.remote_3090_ca} if watched.remote_3090_ca else {}
+    options |= {"token_file": watched.remote_3090_token_file} if watched.remote_3090_token_file else {}
+    return {"class_path": "GrpcPreviewBackend", "init_args": options}
+
+
 def _callbacks(config: TrainerConfig) -> list[dict[str, Any]]:
     watched = config.monitoring
     status = {"every_n_steps": watched.status_update_interval, "recent_examples": watched.max_output_samples}
@@ -188,10 +196,6 @@ def _not_offered(config: TrainerConfig) -> list[str]:
         "output.save_safetensors": (not config.output.save_safetensors, "weights are written as safetensors only"),
         "environment.nan_detection": (not config.environment.nan_detection, "it cannot be switched off"),
         "environment.optimizer_type": (config.environment.optimizer_type != "adamw", "not built yet: take adamw"),
-        "monitoring.preview_backend": (
-            config.monitoring.preview_backend != "local",
-            "previews on a second GPU are not built yet: take local",
-        ),
     }
     values = config.to_dict()
     return [f"{key}: {_at(values, key)!r}: {why}" for key, (is_asked, why) in asked.items() if is_asked]

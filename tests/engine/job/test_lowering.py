@@ -50,6 +50,8 @@ def _other_value(dotted: str, annotation: Any, value: Any) -> Any:
 def test_changing_any_field_changes_what_runs_or_is_refused(config: TrainerConfig, dotted: str) -> None:
     section_name, _, name = dotted.partition(".")
     section = getattr(config, section_name)
+    if name.startswith("remote_3090"):
+        config.monitoring.preview_backend = "remote_3090"
     before = lower(config)
     field = type(section).model_fields[name]
     value = _other_value(dotted, field.annotation, getattr(section, name))
@@ -122,7 +124,6 @@ def test_every_refusal_is_named_with_its_way_out(config: TrainerConfig) -> None:
     config.model.load_in_4bit = config.model.load_in_8bit = True
     config.model.torch_dtype = "float16"
     config.hyperparams.max_length = 8192
-    config.monitoring.preview_backend = "remote_3090"
     config.environment.optimizer_type = "muon"
     with pytest.raises(InputError) as caught:
         lower(config)
@@ -132,7 +133,6 @@ def test_every_refusal_is_named_with_its_way_out(config: TrainerConfig) -> None:
         "model.load_in_4bit: True: a job has no adapters to train on it; set it to false, or write the job as YAML "
         "(convert) and there model.quantization: {bits: 4} and model.lora",
         "environment.optimizer_type: 'muon': not built yet: take adamw",
-        "monitoring.preview_backend: 'remote_3090': previews on a second GPU are not built yet: take local",
         "model.torch_dtype: 'float16' does not agree with hyperparams.fp_precision 'bf16', which alone decides: "
         "set it to null",
         "hyperparams.max_length: 8192 is more than locked.max_context_length 4096",
@@ -143,6 +143,14 @@ def test_every_refusal_is_named_with_its_way_out(config: TrainerConfig) -> None:
 def test_a_dtype_that_agrees_is_taken(config: TrainerConfig, dtype: str) -> None:
     config.model.torch_dtype = dtype
     assert lower(config)["trainer"]["precision"] == "bf16-true"
+
+
+def test_previews_on_a_second_gpu(config: TrainerConfig) -> None:
+    config.monitoring.preview_backend = "remote_3090"
+    config.monitoring.remote_3090_host, config.monitoring.remote_3090_port = "::1", 9000
+    config.monitoring.remote_3090_ca, config.monitoring.remote_3090_token_file = "ca.pem", "token"
+    options = {"address": "[::1]:9000", "ca": "ca.pem", "token_file": "token"}
+    assert lower(config)["preview_backend"] == {"class_path": "GrpcPreviewBackend", "init_args": options}
 
 
 def test_what_has_no_effect_is_said(config: TrainerConfig) -> None:
