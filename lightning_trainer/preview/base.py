@@ -71,6 +71,17 @@ class PreviewBackend(ABC):
             raise RuntimeError(f"{type(self).__name__}.bind(prompter, model) comes before previews")
         return self._model
 
+    def examine(self, model: PreTrainedModel) -> tuple[str, str]:
+        """Try, before a run, whether there would be answers.
+
+        Args:
+            model: Its shapes count, not its weights.
+
+        Returns:
+            (what answers, why nothing would); one of them is empty, or both where there is nothing to try.
+        """
+        return "", ""
+
     @abstractmethod
     def submit(self, requests: Sequence[PreviewRequest], sampling: SamplingParams, step: int) -> None:
         """Ask for answers by the weights of optimizer step `step`, which are those the model holds now."""

@@ -1,0 +1,215 @@
+"""The dispatcher: a process of its own beside training, which alone speaks gRPC.
+
+It reads weights from memory it shares with the trainer, brings them to the worker, asks for answers and hands those
+back. Whatever goes wrong here or beyond, training goes on. It ends with the trainer, however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import traceback
+from typing import Any, NoReturn
+
+from lightning_trainer.preview.asker import ask
+from lightning_trainer.preview.breaker import Breaker
+from lightning_trainer.preview.calls import CallFailed, as_call_failed, connect
+from lightning_trainer.preview.dialogue import Lines, Setup, to_bytes
+from lightning_trainer.preview.pusher import Pusher
+from lightning_trainer.rpc import preview_pb2 as pb
+from lightning_trainer.rpc.layout import differing
+from lightning_trainer.types import InputError
+
+TICK = 0.2
+"""Seconds between looks at the parent and at calls that stand still."""
+
+PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Serve the trainer whose socket is the standard input, and whose process id is the last argument."""
+    parent = int(sys.argv[-1])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal's whole group: the trainer decides when to end
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    threading.excepthook = _die
+    lines = Lines(socket.socket(fileno=os.dup(0)))
+    dispatcher: Dispatcher | None = None
+    while os.getppid() == parent:
+        try:
+            messages = lines.receive(TICK)
+        except EOFError:
+            break
+        for message in messages:
+            if dispatcher is None:
+                dispatcher = Dispatcher(Setup.from_json(message), lines)
+            elif message["type"] == "quit":
+                dispatcher.quit()
+            else:
+                dispatcher.jobs.put(message)
+        if dispatcher is not None:
+            dispatcher.tick()
+    os._exit(0)
+
+
+def _die(args: Any) -> NoReturn:
+    """A bug in a thread ends the process, and with it what the trainer waits for."""
+    traceback.print_exception(args.exc_type, args.exc_value, args.exc_traceback)
+    os._exit(70)
+
+
+class Dispatcher:
+    """Does one job after the other, in a thread; between them looks after a worker that does not answer.
+
+    Args:
+        setup: What the trainer said first.
+        lines: To the trainer.
+
+    Attributes:
+        jobs: That wait.
+    """
+
+    def __init__(self, setup: Setup, lines: Lines) -> None:
+        self._setup, self._lines = setup, lines
+        size = sum(entry.nbytes for entry in setup.layout)
+        self._slots = [memoryview(mmap.mmap(fd, size, prot=mmap.PROT_READ)) for fd in setup.slots]
+        self._breaker = Breaker()
+        self._state = ""
+        self._described: pb.DescribeResponse | None = None
+        self.jobs: queue.Queue[dict[str, Any]] = queue.Queue()
+        try:
+            self._worker = connect(setup)
+        except InputError as error:  # the CA has gone since the trainer read it
+            self._breaker.refused()
+            self._tell("off", str(error), [])
+        else:
+            self._pusher = Pusher(self._worker, setup)
+            threading.Thread(target=self._run, daemon=True).start()
+
+    def tick(self) -> None:
+        """What has to be done several times a second."""
+        self._lines.flush()
+        if self._breaker.state != "off":
+            self._worker.watchdog.check()
+
+    def quit(self) -> NoReturn:
+        """End at once; what the worker holds half of is given up."""
+        if self._breaker.state != "off":
+            with contextlib.suppress(CallFailed):  # the worker forgets it by itself, only later
+                self._pusher.abort()
+        os._exit(0)
+
+    def _run(self) -> None:
+        self._probe(self._setup.deadlines.preflight)
+        while True:
+            try:
+                job = self.jobs.get(timeout=self._breaker.wait())
+            except queue.Empty:
+                self._probe(self._setup.deadlines.describe)
+            else:
+                self._do(job)
+
+    def _probe(self, deadline: float) -> None:
+        """Ask the worker who it is, if only to see whether it answers."""
+        try:
+            self._describe(deadline)
+        except CallFailed as error:
+            self._failed(error)
+        else:
+            self._succeeded()
+
+    def _describe(self, deadline: float) -> pb.DescribeResponse:
+        with as_call_failed():
+            found: pb.DescribeResponse = self._worker.preview.Describe(
+                pb.DescribeRequest(), timeout=deadline, metadata=self._worker.metadata
+            )
+        differs = differing(pb.ModelIdentity.FromString(self._setup.identity), found.identity)
+        if differs:
+            fields = ", ".join(differs)
+            raise CallFailed.never(f"the worker's model is another than the one in training: {fields} differ", fields)
+        if self._setup.kind not in found.update_kinds or pb.ENCODING_RAW not in found.encodings:
+            raise CallFailed.never("the worker does not take updates of this kind: it is older than the trainer")
+        self._described = found
+        return found
+
+    def _do(self, job: dict[str, Any]) -> None:
+        if self._breaker.state != "closed":
+            self._answer(job, status="skipped", error="the preview worker does not answer")
+            return
+        pushed: dict[str, float] = {}
+        try:
+            known = self._described or self._describe(self._setup.deadlines.describe)
+            request = pb.GenerateRequest.FromString(to_bytes(job["request"]))
+            _check_rules(request, known)
+            done = self._pusher.push(self._slots[job["slot"]], job["step"], job["job"])
+            pushed = {"push_seconds": done.seconds, "push_bytes": done.sent}
+            self._lines.send({"type": "free", "job": job["job"], **pushed})
+            answers = ask(self._worker, request, done.ref, self._setup.deadlines)
+            if self._pusher.instance != known.worker_instance_id:
+                self._described = None  # another worker has taken the place
+        except CallFailed as error:
+            error = self._which_fields(error)
+            self._failed(error)
+            self._answer(job, status="failed", error=_one_line(error), **pushed)
+            return
+        self._succeeded()
+        fields = {"tokens": answers.tokens, "reasons": answers.reasons, "seconds": answers.seconds}
+        self._answer(job, status="ok", step=done.ref.global_step, **fields, **pushed)
+
+    def _which_fields(self, error: CallFailed) -> CallFailed:
+        """Of a model that turns out to be another, restarted on the same port, say."""
+        if error.failure.reason != "IDENTITY_MISMATCH":
+            return error
+        try:
+            self._describe(self._setup.deadlines.describe)
+        except CallFailed as told:
+            return told
+        return error
+
+    def _answer(self, job: dict[str, Any], **fields: Any) -> None:
+        self._lines.send({"type": "result", "job": job["job"], **fields})
+
+    def _succeeded(self) -> None:
+        self._breaker.succeeded()
+        self._tell("connected", "", [])
+
+    def _failed(self, error: CallFailed) -> None:
+        if error.failure.permanent:
+            self._breaker.refused()
+            fields = error.failure.reason if error.failure.code == "FAILED_PRECONDITION" else ""
+            self._tell("off", _one_line(error), [field for field in fields.split(", ") if field])
+        elif error.transient:
+            self._described = None  # whoever answers next may be another
+            self._breaker.failed()
+            self._tell("paused" if self._breaker.state == "open" else "lost", _one_line(error), [])
+        else:  # it answers, but not with what was asked for: another run holds it, say
+            self._tell("lost", _one_line(error), [])
+
+    def _tell(self, state: str, why: str, fields: list[str]) -> None:
+        if state != self._state:
+            self._state = state
+            self._lines.send({"type": "state", "state": state, "why": why, "fields": fields})
+
+
+def _check_rules(request: pb.GenerateRequest, known: pb.DescribeResponse) -> None:
+    kinds = {str(rule.WhichOneof("rule")) for prompt in request.prompts for rule in prompt.rules}
+    unknown = sorted(kinds - set(known.rule_kinds))
+    if unknown:
+        raise CallFailed.never(f"the worker is older than the trainer and knows no logits rule {', '.join(unknown)}")
+
+
+def _one_line(error: CallFailed) -> str:
+    failure = error.failure
+    head = f"{failure.code} {failure.reason}".strip()
+    return f"{failure.text} [{head}]"[:500]
+
+
+if __name__ == "__main__":
+    main()
