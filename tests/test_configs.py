@@ -14,7 +14,7 @@ import yaml
 from lightning_trainer.cli import main
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -92,6 +92,8 @@ def test_the_readmes_commands_run(
     assert len(commands) == 12
     for command in commands:
         words = command.split()[1:]
+        if words[0] == "verify-resume":  # three processes: tests/engine/test_verify_resume.py
+            continue
         if words[0] in ("inspect", "check", "status", "convert"):
             assert main(words) == 0, command
             continue

@@ -69,7 +69,8 @@ class PreviewCallback(Callback):
         """
         if self.backend is None:
             raise InputError("PreviewCallback has no backend: give it one, or run it through `fit`")
-        with self._guard():
+        self._broken = False
+        with self._guard(starting=True):
             module: Any = pl_module
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             prompter = Prompter(data.profile, module.tokenizer, data.rendered_system_prompt(), data.system_prompt_mode)
@@ -186,12 +187,12 @@ class PreviewCallback(Callback):
             trainer.print(line)
 
     @contextmanager
-    def _guard(self) -> Iterator[None]:
+    def _guard(self, starting: bool = False) -> Iterator[None]:
         try:
             yield
-        except InputError:
-            raise
         except Exception as error:  # a preview must never end a training run: it is said once, and previews stop
+            if starting and isinstance(error, InputError):
+                raise  # nothing is lost yet, and the user can put it right
             self._broken = True
             rank_zero_warn(f"previews are off for the rest of this run: {type(error).__name__}: {error}")
 
@@ -250,10 +251,9 @@ class PreviewCallback(Callback):
 def _set_aside_after(path: Path, step: int) -> None:
     kept: list[str] = []
     later: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        # A line without its end was cut short by a kill.
-        whole = line.endswith("\n") and json.loads(line)["step"] <= step
-        (kept if whole else later).append(line)
+    with path.open(encoding="utf-8", newline="\n") as file:  # an answer may hold what only Unicode calls a line's end
+        for line in file:
+            (kept if _is_up_to(line, step) else later).append(line)
     if not later:
         return
     with path.with_name("previews.old.jsonl").open("a", encoding="utf-8") as file:
@@ -261,6 +261,14 @@ def _set_aside_after(path: Path, step: int) -> None:
     tmp = path.with_name(f".{path.name}.tmp")
     tmp.write_text("".join(kept), encoding="utf-8")
     tmp.replace(path)
+
+
+def _is_up_to(line: str, step: int) -> bool:
+    """Whether the line is of no later step; one that a kill or a full disk cut short is of none."""
+    try:
+        return line.endswith("\n") and bool(json.loads(line)["step"] <= step)
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def as_markdown(result: PreviewResult, origin: str) -> str:

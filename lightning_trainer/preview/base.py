@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from lightning_trainer.adapters import Adapter
 
 
+GAVE_WAY = "another preview was asked for before this one was answered"
+
+
 class PreviewBackend(ABC):
     """Generates answers with the weights of one optimizer step.
 
@@ -129,10 +132,14 @@ class PreviewBackend(ABC):
             temperature: 0 is greedy.
             **sampling: Other fields of `SamplingParams`.
         """
-        request = self.prompter.request({"prompt": prompt}, prompt_id="0", golden=golden_answer, step=step)
+        name = f"preview-{uuid.uuid4().hex}"
+        request = self.prompter.request({"prompt": prompt}, prompt_id=name, golden=golden_answer, step=step)
         params = self.prompter.sampling(max_new_tokens=max_new_tokens, temperature=temperature, **sampling)
         self.submit([request], params, step)
-        return self.collect(timeout=float("inf"))[0]
+        results = self.collect(timeout=float("inf"))
+        return next(
+            (r for r in results if r.prompt_id == request.prompt_id), failed(request, self.backend_type, GAVE_WAY)
+        )
 
 
 def failed(request: PreviewRequest, backend_type: str, message: str) -> PreviewResult:

@@ -42,6 +42,8 @@ class _Update:
     view: memoryview
     sent: int = 0
     begun: bool = False
+    uploaded: bool = False
+    arrived: int = -1
     moved: float = 0.0
 
 
@@ -106,11 +108,15 @@ class Pusher:
         with as_call_failed():
             plan = self._worker.weights.Begin(update.begin, timeout=deadlines.begin, metadata=self._worker.metadata)
         update.begun, self.instance = True, plan.worker_instance_id
+        if plan.resume_offset > update.arrived:  # progress is what the worker has, not what was handed to gRPC
+            update.arrived, update.moved = plan.resume_offset, time.monotonic()
         if plan.already_resident:
             return
         self.under_way = (update_id, plan.fencing_token)
         self._upload(update, plan)
         request = pb.CommitRequest(update_id=update_id, fencing_token=plan.fencing_token, target=update.begin.target)
+        if not update.uploaded:  # one more Begin tells whether a Commit without an answer was carried out
+            update.uploaded, update.moved = True, time.monotonic() + deadlines.commit
         with as_call_failed():
             done = self._worker.weights.Commit(request, timeout=deadlines.commit, metadata=self._worker.metadata)
         self.under_way = None
@@ -141,7 +147,6 @@ class Pusher:
             for at in range(max(0, plan.resume_offset - offset), length, size):
                 data = bytes(update.view[start + at : start + min(at + size, length)])
                 update.sent += len(data)
-                update.moved = time.monotonic()
                 self._worker.watchdog.moved()
                 yield pb.UploadChunk(
                     update_id=update.begin.update_id,

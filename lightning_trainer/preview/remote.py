@@ -100,10 +100,17 @@ class GrpcPreviewBackend(PreviewBackend):
         publication = publication_of(model, adapter)
         count = 1 if adapter is None else 2  # two models' worth of host memory is a lot, of adapters little
         check_room(count * sum(entry.nbytes for entry in publication.layout), self._available)
-        slots = [Slot(publication.layout, model.device) for _ in range(count)]
+        slots: list[Slot] = []
+        try:
+            for _ in range(count):
+                slots.append(Slot(publication.layout, model.device))
+            self._exchange = Exchange(publication, slots, self._setup_of(publication, slots))
+        except BaseException:
+            for slot in slots:
+                slot.close()
+            raise
         self._owner = os.getpid()
         atexit.register(self.close)
-        self._exchange = Exchange(publication, slots, self._setup_of(publication, slots))
         if self.preflight != "off":
             self._hear_out(self._exchange.companion)
 
@@ -146,23 +153,18 @@ class GrpcPreviewBackend(PreviewBackend):
             return f"the worker at {self.address} answers and holds the same model", ""
         return "", f"the worker at {self.address} cannot be used: {why}"
 
-    def submit(
-        self, requests: Sequence[PreviewRequest], sampling: SamplingParams, step: int, finite: bool = True
-    ) -> None:
+    def submit(self, requests: Sequence[PreviewRequest], sampling: SamplingParams, step: int) -> None:
         """Copy the weights and ask for answers by them; returns at once.
 
         Args:
             requests: Prompts of one batch.
             sampling: For all of them.
             step: Optimizer steps completed.
-            finite: Whether the loss of this step was; weights that may not be are not sent.
         """
         exchange = self._bound
         self._counters.triggered += 1
         self._take(exchange.take_in())
-        if not finite:
-            self._skip(requests, sampling, "the loss of this step was not finite")
-        elif exchange.companion.is_usable:
+        if exchange.companion.is_usable:
             self._sequence += 1
             self._take(exchange.put(self._sequence, requests, sampling, step))
         elif self.on_unavailable == "local":

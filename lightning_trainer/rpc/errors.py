@@ -65,7 +65,7 @@ _TLS = {
     "certificate has expired": "the worker's certificate has expired",
     "handshake": "no TLS connection: one side has TLS and the other has not, or `ca` is of another CA",
     "ssl": "no TLS connection: one side has TLS and the other has not, or `ca` is of another CA",
-    "socket closed": "the worker closed the connection at once: does it have TLS, and `ca` is not set?",
+    "socket closed": "the connection was closed: the worker ended, or it has TLS and `ca` is not set",
 }
 
 

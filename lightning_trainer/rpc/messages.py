@@ -115,6 +115,8 @@ def _request(prompt: pb.Prompt, vocab_size: int, limits: Limits) -> PreviewReque
     _require(len(prompt.rules) <= most.RULES_PER_PROMPT, "prompts.rules", len(prompt.rules))
     _in_vocabulary(ids, vocab_size, "prompts.tokens")
     rules = tuple(_rule_from_wire(rule, vocab_size) for rule in prompt.rules)
+    forbidden = {token for rule in rules if isinstance(rule, ForbidTokens) for token in rule.token_ids}
+    _require(len(forbidden) < vocab_size, "forbid.token_ids", "every token")
     return PreviewRequest(prompt_ids=ids, rules=rules, prompt_id=prompt.prompt_id)
 
 
@@ -184,9 +186,7 @@ def _after_sequence(message: pb.LogitsRule, vocab_size: int) -> AfterSequence:
 
 
 def _forbid(message: pb.LogitsRule, vocab_size: int) -> ForbidTokens:
-    ids = _ids(message.forbid.token_ids, vocab_size, "forbid")
-    _require(len(set(ids)) < vocab_size, "forbid.token_ids", "every token")
-    return ForbidTokens(ids, message.label)
+    return ForbidTokens(_ids(message.forbid.token_ids, vocab_size, "forbid"), message.label)
 
 
 def _repetition(message: pb.LogitsRule) -> RepetitionPenalty:

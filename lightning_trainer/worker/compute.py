@@ -84,14 +84,17 @@ class Turns:
             await place
         except asyncio.CancelledError:
             if place.cancelled():
-                self._waiting.remove(place)
+                if place in self._waiting:
+                    self._waiting.remove(place)
             else:  # the turn was handed over in the same moment
                 self.give()
             raise
 
     def give(self) -> None:
         """Hand the turn to the next."""
-        if self._waiting:
-            self._waiting.popleft().set_result(None)
-        else:
-            self._taken = False
+        while self._waiting:
+            place = self._waiting.popleft()
+            if not place.done():  # whoever waited may have been cancelled a moment ago
+                place.set_result(None)
+                return
+        self._taken = False

@@ -145,7 +145,7 @@ class TransformersEngine:
         if not self._on_disk:
             text = "the worker has no weights of its own that adapters could lie on"
             raise Refusal(Reason.REASON_IDENTITY_MISMATCH, text, ["frozen_base_sha256"])
-        if self._changed or self._adapter is not None:
+        if self._changed or self._adapter is not None or not self._is_built:
             self._reload()
         self._put_in(settings)
         self._spec = pb.AdapterSpec()
@@ -154,21 +154,25 @@ class TransformersEngine:
     def _put_in(self, settings: LoraSettings) -> None:
         from lightning_trainer.adapters import put_in
 
+        refusal: Refusal | None = None
+        self._is_built = False  # some layers may have theirs when it fails
         try:
             self._adapter = put_in(self._model, settings, self._path)
         except (InputError, ValueError) as error:
-            raise Refusal(Reason.REASON_INVALID_ARGUMENT, str(error), ["adapter"]) from error
-        except torch.OutOfMemoryError as error:
-            raise Refusal(Reason.REASON_OUT_OF_MEMORY, "no room for these adapters", ["adapter"]) from error
-        finally:
-            if self._adapter is None:  # some layers may have theirs already
-                self._reload()
+            refusal = Refusal(Reason.REASON_INVALID_ARGUMENT, str(error), ["adapter"])
+        except torch.OutOfMemoryError:
+            refusal = Refusal(Reason.REASON_OUT_OF_MEMORY, "no room for these adapters", ["adapter"])
+        if refusal is not None or self._adapter is None:
+            self._reload()  # here: the error's traceback holds the model no more
+            raise refusal or RuntimeError("no adapters")
         self._tensors = dict(sorted(self._adapter.tensors().items()))
+        self._is_built = True
 
     def _reload(self) -> None:
         self._is_built = self.has_weights = False  # until it is: should loading fail, the next Begin tries again
         self._adapter, self._tensors = None, {}
-        del self._model
+        if hasattr(self, "_model"):  # unless loading failed before
+            del self._model
         gc.collect()  # peft's layers refer to each other; two models may not fit the device
         self._load()
 

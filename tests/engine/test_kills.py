@@ -166,7 +166,7 @@ def killed_at_each(chain: Callable[..., Chain], equal: Any, points: list[str], n
 
 
 def test_killed_at_the_stages_of_a_write(chain: Any, equal: Any, points: list[str], tmp_path: Path) -> None:
-    numbers = sorted({points.index(stage) + 1 for stage in STAGES})
+    numbers = sorted({points.index(stage) + 1 for stage in STAGES})[::2]  # all of them: the slow test below
     killed_at_each(chain, equal, points, numbers, tmp_path / "again.txt")
 
 

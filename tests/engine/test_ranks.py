@@ -318,6 +318,7 @@ class Started:
         return found
 
 
+@pytest.mark.slow
 def test_started_as_users_do(dropout_job: Callable[..., Path], tmp_path: Path) -> None:
     """The second process is started by the first."""
     words = ["fit", "--config", str(dropout_job()), *TWO, "--trainer.callbacks+", planted("Signals", by=0, to=[1])]

@@ -145,15 +145,6 @@ def test_without_a_free_slot_a_preview_is_dropped_and_counted(model: Any, prompt
         assert [result.weights_step for result in collect(backend)] == [1]
 
 
-def test_weights_of_a_loss_that_is_not_finite_are_not_sent(model: Any, prompter: Prompter) -> None:
-    with running_worker(fake_for(model)) as worker, bound(worker.address, prompter, model) as backend:
-        ask(backend, 1, prompts=2, finite=False)
-        results = backend.collect()
-        assert [r.error_message for r in results] == ["skipped: the loss of this step was not finite"] * 2
-        assert backend.counters["skipped"] == 1
-        assert worker.engine.applied == []
-
-
 def test_random_generators_and_weights_are_left_alone(model: Any, prompter: Prompter) -> None:
     with running_worker(fake_for(model)) as worker:
         before = [p.clone() for p in model.parameters()]

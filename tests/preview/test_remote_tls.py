@@ -60,7 +60,7 @@ def test_28_with_the_right_ca_and_a_token_all_is_well(
         ("elsewhere", "ca", "not for this host name"),
         ("expired", "ca", "not valid at this time"),
         (None, "ca", "one side has TLS and the other has not"),
-        ("good", None, "does it have TLS, and `ca` is not set"),
+        ("good", None, "it has TLS and `ca` is not set"),
     ],
     ids=["wrong-ca", "wrong-name", "expired", "worker-without", "trainer-without"],
 )

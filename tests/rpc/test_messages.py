@@ -170,6 +170,13 @@ def test_a_rule_of_a_later_version_is_not_left_out() -> None:
         requests_from_wire(message, VOCABULARY, Limits())
 
 
+def test_rules_that_together_forbid_every_token() -> None:
+    halves = [ForbidTokens(tuple(range(start, VOCABULARY, 2))) for start in (0, 1)]
+    message = to_wire("id", [PreviewRequest((1,), tuple(halves))], SamplingParams(), ANY)
+    with pytest.raises(Refusal, match="every token"):
+        requests_from_wire(message, VOCABULARY, Limits())
+
+
 def test_the_digest_of_an_output_by_hand() -> None:
     raw = bytes.fromhex("000000000200000005000000060000000100000000000000")
     assert output_digest([[5, 6], []]) == hashlib.sha256(raw).digest()

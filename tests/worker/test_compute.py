@@ -71,3 +71,19 @@ def test_a_thread_that_hangs_is_not_waited_for() -> None:
     assert time.monotonic() - began < 1
     gate.set()
     assert compute.close(5)
+
+
+def test_a_turn_is_not_lost_on_one_who_was_cancelled_in_the_same_moment() -> None:
+    async def act() -> None:
+        turns = Turns()
+        await turns.take()
+        waiting = asyncio.ensure_future(turns.take())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        turns.give()  # before the one who waited has heard of it
+        assert not turns.taken
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await asyncio.wait_for(turns.take(), 1)
+
+    asyncio.run(act())

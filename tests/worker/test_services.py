@@ -457,7 +457,8 @@ def test_a_worker_that_ends_lets_a_generation_end_and_takes_no_other(worker: Run
         ending = threading.Thread(target=worker.stop)
         ending.start()
         wait_for(lambda: worker.host.resident.draining)
-        assert refused(lambda: client.ask([[1]], 3))[0] == "UNAVAILABLE"
+        # Which of them depends on whether the call came before the server had closed its door.
+        assert refused(lambda: client.ask([[1]], 3))[0] in ("UNAVAILABLE", "CANCELLED")
         assert list(call)[-1].finished.total_generated_tokens == 40
         ending.join(5)
         assert not ending.is_alive()
