@@ -13,13 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lightning_trainer.types import FinishReason, PreviewRequest, SamplingParams
+from lightning_trainer.types import PROMPTS_PER_BATCH, FinishReason, PreviewRequest, SamplingParams, seed_of_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-MAX_ROWS = 32
-"""Prompts generated at once; more are split, so that the KV cache stays bounded."""
 
 OnStep = Callable[[int, list[int]], None]
 """Called once per generated token of a batch, with the number of its first prompt and the new token of each row."""
@@ -49,7 +46,8 @@ def generate(
     """Answer every request, in order.
 
     The model is left as it was found: flags, attention, random generators. Greedy answers do not depend on which
-    prompts share a batch. Sampled ones depend on the seed and on the order of the prompts.
+    prompts share a batch. Sampled ones depend on the seed and on the order of the prompts; each batch of
+    PROMPTS_PER_BATCH has a seed of its own (`seed_of_batch`), so that it may as well be asked for by itself.
 
     Args:
         model: On any device; its weights are only read.
@@ -60,10 +58,10 @@ def generate(
     """
     answers: list[Generation] = []
     with quiet(model), torch.random.fork_rng(devices=_cuda_devices(model)):
-        torch.manual_seed(sampling.seed)
-        for start in range(0, len(requests), MAX_ROWS):
+        for number, start in enumerate(range(0, len(requests), PROMPTS_PER_BATCH)):
+            torch.manual_seed(seed_of_batch(sampling.seed, number))
             step = None if on_step is None else partial(on_step, start)
-            answers += _generate_batch(model, requests[start : start + MAX_ROWS], sampling, step)
+            answers += _generate_batch(model, requests[start : start + PROMPTS_PER_BATCH], sampling, step)
     return answers
 
 

@@ -151,6 +151,15 @@ class SamplingParams:
             raise ValueError(f"top_k must be 0 (off) or positive, not {self.top_k}")
 
 
+PROMPTS_PER_BATCH = 16
+"""Prompts generated at once, here or by a worker; more are split, so that the KV cache stays bounded."""
+
+
+def seed_of_batch(seed: int, number: int) -> int:
+    """Seed of batch `number` of a request; that of the first is the request's own."""
+    return (seed + number) % (1 << 63)
+
+
 @dataclass(frozen=True)
 class PreviewRequest:
     """One prompt, as token ids. Text fields are for the reader of the result; generation never looks at them."""

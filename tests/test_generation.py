@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,11 @@ def test_batched_answers_are_single_ones(model: Any) -> None:
 
 def test_more_prompts_than_a_batch_holds_keep_their_order(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tokens_of(generate(model, ask(), greedy()))
-    monkeypatch.setattr(generation, "MAX_ROWS", 3)
+    monkeypatch.setattr(generation, "PROMPTS_PER_BATCH", 3)
     assert tokens_of(generate(model, ask(), greedy())) == whole
+    hot = SamplingParams(max_new_tokens=16, temperature=1.5, seed=40)
+    apart = [generate(model, ask()[3 * n : 3 * n + 3], replace(hot, seed=40 + n)) for n in range(2)]
+    assert tokens_of(generate(model, ask()[:6], hot)) == [row for batch in apart for row in tokens_of(batch)]
     assert generate(model, [], greedy()) == []
 
 

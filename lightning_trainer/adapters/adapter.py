@@ -224,12 +224,10 @@ class Adapter:
             raise InputError("\n  ".join(lines), key=key)
 
     def base_digest(self) -> str:
-        """Tells the frozen weights of two models apart: sha256 over names and integer sums of the weights' bits.
-
-        An integer sum is the same on every device and in every order. Made once: they are frozen.
-        """
+        """`bits_digest` of the frozen weights, by the names they have here. Made once: they are frozen."""
         if self._base_digest is None:
-            self._base_digest = _digest(self._peft.get_base_model())
+            named = self._peft.get_base_model().named_parameters()
+            self._base_digest = bits_digest((name, tensor) for name, tensor in named if not tensor.requires_grad)
         return self._base_digest
 
     def merged(self) -> dict[str, Tensor]:
@@ -264,11 +262,14 @@ def _file_name(name: str) -> str:
     return f"{name}.weight" if name.endswith("lora_magnitude_vector") else name
 
 
-def _digest(model: nn.Module) -> str:
+def bits_digest(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Tells the weights of two models apart: sha256 over names, shapes and integer sums of the weights' bits.
+
+    An integer sum is made where the weights lie, and is the same on every device and in every order.
+    """
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            digest.update(f"{name} {tuple(parameter.shape)} {_sum_of_bits(parameter)}\n".encode())
+    for name, tensor in named:
+        digest.update(f"{name} {tuple(tensor.shape)} {_sum_of_bits(tensor)}\n".encode())
     return digest.hexdigest()
 
 

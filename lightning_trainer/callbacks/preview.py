@@ -19,6 +19,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_trainer.preview import PreviewBackend, Prompter
 from lightning_trainer.types import InputError, PreviewRequest, PreviewResult
 
+DEFAULT_NAME = "preview"
+
 
 class PreviewCallback(Callback):
     """Writes previews to TensorBoard and to `previews.jsonl`.
@@ -31,6 +33,7 @@ class PreviewCallback(Callback):
         temperature: 0 is greedy.
         seed: Of the sampling.
         backend: One for this callback alone; null: the run's `preview_backend`.
+        name: Of its curves and prompts; a second PreviewCallback of a run needs another.
 
     Attributes:
         results: The newest previews.
@@ -45,17 +48,21 @@ class PreviewCallback(Callback):
         temperature: float = 0.7,
         seed: int = 0,
         backend: PreviewBackend | None = None,
+        name: str = DEFAULT_NAME,
     ) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("num_prompts", num_prompts)):
             if value < 1:
                 raise InputError(f"PreviewCallback.{name} must be at least 1, not {value}")
         self.every_n_steps, self.prompts, self.num_prompts = every_n_steps, prompts, num_prompts
         self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
-        self.backend = backend
+        if not name or "/" in name or name != name.strip():
+            raise InputError(f"PreviewCallback.name must be a word, not {name!r}")
+        self.backend, self.name = backend, name
         self.origin = "yaml"
         self.pass_rate: float | None = None
         self.results: list[PreviewResult] = []
         self._requests: list[PreviewRequest] = []
+        self._prompt_ids: set[str] = set()
         self._last_step = -1
         self._broken = self._unsettled = False
         self._failures = 0
@@ -74,14 +81,17 @@ class PreviewCallback(Callback):
             module: Any = pl_module
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             prompter = Prompter(data.profile, module.tokenizer, data.rendered_system_prompt(), data.system_prompt_mode)
-            if trainer.is_global_zero:
+            if trainer.is_global_zero and not self.backend.is_bound_to(module.causal_lm):
                 self.backend.bind(prompter, module.causal_lm, getattr(module, "adapter", None))
-                self._tell(trainer)
+            self._tell(trainer)
             self._requests = self._from_yaml(prompter) if self.prompts is not None else self._from_rows(prompter, data)
+            self._prompt_ids = {request.prompt_id for request in self._requests}
 
     def _from_yaml(self, prompter: Prompter) -> list[PreviewRequest]:
         try:
-            return [prompter.request({"prompt": text}, str(i)) for i, text in enumerate(self.prompts or [])]
+            return [
+                prompter.request({"prompt": text}, self._prompt_id(str(i))) for i, text in enumerate(self.prompts or [])
+            ]
         except ValueError as error:
             raise InputError(f"PreviewCallback.prompts: {error}") from error
 
@@ -92,10 +102,18 @@ class PreviewCallback(Callback):
         requests = []
         for number, conversation in enumerate(conversations):
             try:
-                requests.append(prompter.request_of(conversation, f"{self.origin}-{number}"))
+                requests.append(prompter.request_of(conversation, self._prompt_id(f"{self.origin}-{number}")))
             except ValueError as error:
                 rank_zero_warn(f"{self.origin} row {number} is not previewed: {error}")
         return requests
+
+    def _prompt_id(self, given: str) -> str:
+        return given if self.name == DEFAULT_NAME else f"{self.name}/{given}"
+
+    @property
+    def state_key(self) -> str:
+        """Tells the states of several apart in a checkpoint."""
+        return type(self).__qualname__ if self.name == DEFAULT_NAME else f"{type(self).__qualname__}({self.name})"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the previews aside that an earlier attempt wrote after the step this one starts from.
@@ -121,18 +139,27 @@ class PreviewCallback(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """The weights are about to change."""
-        if self._unsettled:
-            with self._guard():
-                self._settle()
+        self._settle()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The weights may be about to change: averages of them are validated in their place."""
+        self._settle()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same: what averages weights may put the average in."""
+        self._settle()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Preview the final weights, and wait for what is under way."""
-        if trainer.global_step and trainer.global_step != self._last_step:
+        self._settle()
+        if trainer.global_step and trainer.global_step != self._last_step and self._may_ask(trainer):
+            with self._guard():
+                self._bound().make_room()
             self._ask(trainer)
         if self._may_ask(trainer):
             with self._guard():
-                self._settle()
                 self._take(trainer, self._bound().finish())
+        self._settle()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the model; nothing is waited for."""
@@ -169,14 +196,18 @@ class PreviewCallback(Callback):
             self._stall = time.perf_counter() - started
 
     def _settle(self) -> None:
-        started = time.perf_counter()
+        if not self._unsettled:
+            return
         self._unsettled = False
-        self._bound().settle()
-        self._stall += time.perf_counter() - started
+        with self._guard():
+            started = time.perf_counter()
+            self._bound().settle()
+            self._stall += time.perf_counter() - started
 
-    def _take(self, trainer: Trainer, results: list[PreviewResult]) -> None:
-        """Show what has come, one request after the other."""
+    def _take(self, trainer: Trainer, done: list[PreviewResult]) -> None:
+        """Show what has come for this callback, one request after the other."""
         self._tell(trainer)
+        results = self._bound().claim(done, self._prompt_ids)
         if results:
             self.results = results
         for step, answers in groupby(results, key=lambda result: result.step):
@@ -210,23 +241,23 @@ class PreviewCallback(Callback):
         self._failures += sum(not result.success for result in results)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._write_lines(self._path(trainer), results)
-        metrics = {"preview/stall_ms": 1000 * self._stall, "preview/failures": float(self._failures)}
-        metrics |= {f"preview/{name}": value for name, value in self._bound().metrics().items()}
+        metrics = {**self._bound().metrics(), "stall_ms": 1000 * self._stall, "failures": float(self._failures)}
         answered = [result for result in results if result.success and result.weights_step is not None]
         if answered:
             weights_step = float(answered[0].weights_step or 0)
-            metrics["preview/latency_seconds"] = max(result.generation_time_sec for result in answered)
-            metrics["preview/weights_step"] = weights_step
-            metrics["preview/age_steps"] = trainer.global_step - weights_step
+            metrics["latency_seconds"] = max(result.generation_time_sec for result in answered)
+            metrics["weights_step"] = weights_step
+            metrics["age_steps"] = trainer.global_step - weights_step
         if answered and self.origin == "val":
             self.pass_rate = sum(bool(r.check and r.check.passed) for r in answered) / len(answered)
-            metrics["preview/pass_rate"] = self.pass_rate
+            metrics["pass_rate"] = self.pass_rate
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=step)
+            logger.log_metrics({f"{self.name}/{name}": value for name, value in metrics.items()}, step=step)
             if isinstance(logger, TensorBoardLogger):
                 for number, result in enumerate(results):
-                    logger.experiment.add_text(f"preview/{number}", as_markdown(result, self.origin), step)
-        trainer.print(f"step {step}: {self._told(answered, results)}")
+                    logger.experiment.add_text(f"{self.name}/{number}", as_markdown(result, self.origin), step)
+        who = "" if self.name == DEFAULT_NAME else f" ({self.name})"
+        trainer.print(f"step {step}{who}: {self._told(answered, results)}")
 
     def _told(self, answered: Sequence[PreviewResult], results: Sequence[PreviewResult]) -> str:
         if not answered:

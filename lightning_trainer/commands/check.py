@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from lightning_trainer.callbacks import PreviewCallback, callbacks_of
 from lightning_trainer.diagnose.check import Finding, examine
-from lightning_trainer.diagnose.check_model import empty_model, run_dtype
+from lightning_trainer.diagnose.check_model import base_model, empty_model, run_dtype
 from lightning_trainer.engine.run import quiet_stack
 from lightning_trainer.engine.trainer_cli import TrainerCLI
 from lightning_trainer.types import InputError
@@ -19,7 +19,8 @@ def run(command: str, words: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog=f"lightning-trainer {command}",
         description="What `fit` would do with this configuration, and what looks wrong. Nothing is trained or written; "
-        "no weights are loaded. Other options are those of `fit`.",
+        "no weights are loaded, unless a preview worker's are to be compared with them. Other options are those "
+        "of `fit`.",
         allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="the report as JSON")
@@ -44,8 +45,10 @@ def _previews(cli: TrainerCLI) -> tuple[str, list[Finding]]:
     backends = [c.backend for c in callbacks_of(cli.trainer, PreviewCallback) if c.backend is not None]
     answers: list[str] = []
     findings: list[Finding] = []
+    load_base = None if cli.model.lora is None else lambda: base_model(cli.model, run_dtype(cli.trainer))
     for backend in dict.fromkeys(backends):
-        answer, fault = backend.examine(empty_model(cli.model, run_dtype(cli.trainer), cli.datamodule.packing))
+        model = empty_model(cli.model, run_dtype(cli.trainer), cli.datamodule.packing)
+        answer, fault = backend.examine(model, load_base)
         answers += [answer] if answer else []
         findings += [Finding("warning", "preview_backend", fault)] if fault else []
     return "; ".join(answers), findings

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_trainer.rpc.limits import Limits
 from lightning_trainer.rpc.security import check_exposure, parse_address, read_token
 from lightning_trainer.types import InputError
 
@@ -20,7 +21,7 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def run(command: str, words: list[str]) -> int:
-    """Serve until SIGTERM or SIGINT; then the exit status is 0."""
+    """Serve until SIGTERM or SIGINT; then the exit status is 0. It is 1 where the device fails."""
     given = _parser(command).parse_args(words)
     address = parse_address(given.listen, key="listen")
     if (given.tls_cert is None) != (given.tls_key is None):
@@ -53,12 +54,20 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--tls-key", type=Path, metavar="FILE", help="its key, PEM")
     parser.add_argument("--token-file", type=Path, metavar="FILE", help="callers must show what it holds")
     parser.add_argument("--insecure-lan", action="store_true", help="listen beyond this machine without TLS or token")
-    parser.add_argument("--threads", type=int, metavar="N", help="that torch computes with on a CPU")
+    limits = Limits()
+    for name, what in (("max_prompt_tokens", "a prompt"), ("max_new_tokens", "an answer")):
+        words = f"most tokens of {what} (default: %(default)s)"
+        flag, default = f"--{name.replace('_', '-')}", getattr(limits, name)
+        parser.add_argument(flag, type=_positive, default=default, metavar="N", help=words)
+    parser.add_argument("--threads", type=_positive, metavar="N", help="that torch computes with on a CPU")
     return parser
 
 
 def _serve(given: Any, address: Any, tls: tuple[Path, Path] | None, token: str | None) -> int:
+    import torch
+
     from lightning_trainer.worker.engine import Engine, TransformersEngine
+    from lightning_trainer.worker.host import DeviceLost
     from lightning_trainer.worker.server import Serving, serve
 
     device, dtype = _device(given.device), None
@@ -71,21 +80,26 @@ def _serve(given: Any, address: Any, tls: tuple[Path, Path] | None, token: str |
 
     dtype = _dtype(given.dtype, device)
     if given.threads is not None:
-        _set_threads(given.threads)
+        torch.set_num_threads(given.threads)
     if given.insecure_lan and not address.is_loopback:
         print(f"WARNING: whoever reaches {address.target} can read and replace what this worker holds", file=sys.stderr)
-    if not asyncio.run(serve(Serving(address, tls, token), make_engine, on_ready)):
+    limits = Limits(max_prompt_tokens=given.max_prompt_tokens, max_new_tokens=given.max_new_tokens)
+    try:
+        ended = asyncio.run(serve(Serving(address, tls, token, limits), make_engine, on_ready))
+    except DeviceLost as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # tidying up would call the device
+    if not ended:
         sys.stdout.flush()
         os._exit(0)  # a kernel hangs: Python would wait for it
     return 0
 
 
-def _set_threads(count: int) -> None:
-    import torch
-
-    if count < 1:
-        raise InputError(f"must be at least 1, not {count}", key="threads")
-    torch.set_num_threads(count)
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
 
 
 def _device(name: str) -> torch.device:

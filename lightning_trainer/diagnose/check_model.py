@@ -87,6 +87,11 @@ def empty_model(module: CausalLMModule, dtype: torch.dtype, packing: bool) -> Pr
     return model
 
 
+def base_model(module: CausalLMModule, dtype: torch.dtype) -> PreTrainedModel:
+    """The model that adapters lie on, with its weights, on the CPU."""
+    return pretrained.load_model(module.pretrained, dtype)
+
+
 def model_facts(module: CausalLMModule, model: PreTrainedModel, trainer: Trainer) -> ModelFacts:
     """What `empty_model` shows."""
     config: Any = model.config.get_text_config()

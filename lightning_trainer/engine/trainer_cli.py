@@ -269,6 +269,13 @@ class TrainerCLI(LightningCLI):
         return [*checks, TrainLog(), *given, *always, self._record]
 
     def _share_backend(self, callbacks: list[Callback]) -> None:
+        names = [callback.name for callback in callbacks if isinstance(callback, PreviewCallback)]
+        if len(set(names)) < len(names):
+            raise InputError(
+                f"two PreviewCallbacks are named {max(names, key=names.count)!r}, and their curves would be one: give "
+                "one of them another `name`",
+                key="trainer.callbacks",
+            )
         backend = self._get(self.config_init, "preview_backend")
         for callback in callbacks:
             if getattr(callback, "backend", backend) is None:

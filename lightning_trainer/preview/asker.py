@@ -36,7 +36,8 @@ def ask(worker: Worker, request: pb.GenerateRequest, ref: pb.WeightsRef, deadlin
         CallFailed: The call failed, or what came is not whole or not by these weights.
     """
     request.weights.exact.CopyFrom(ref)
-    limit = min(deadlines.generate, QUEUE_SECONDS + TOKEN_SECONDS * request.stopping.max_new_tokens)
+    new = request.stopping.max_new_tokens
+    limit = min(deadlines.generate * max(1.0, new / 1024), QUEUE_SECONDS + TOKEN_SECONDS * new)
     call = worker.preview.Generate(request, timeout=limit, metadata=worker.metadata)
     reader = _Reader(ref, len(request.prompts))
     try:

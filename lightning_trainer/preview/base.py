@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning_trainer.preview.prompter import Prompter
@@ -24,7 +24,8 @@ class PreviewBackend(ABC):
     """Generates answers with the weights of one optimizer step.
 
     `bind` comes first, once. Then `submit` hands prompts over, as token ids, and `collect` returns what is done, at
-    once or steps later; `settle` comes before the weights change. `finish` and `close` end it.
+    once or steps later; `settle` comes before the weights change. `finish` and `close` end it. Several may ask through
+    one backend, each with prompts of its own names: `claim` tells their answers apart.
 
     Attributes:
         backend_type: Stands in every result.
@@ -38,6 +39,11 @@ class PreviewBackend(ABC):
         self._prompter: Prompter | None = None
         self._model: PreTrainedModel | None = None
         self._adapter: Adapter | None = None
+        self._unclaimed: list[PreviewResult] = []
+
+    def is_bound_to(self, model: PreTrainedModel) -> bool:
+        """Whether `bind` was called with this model, and `close` not since."""
+        return self._model is model
 
     def bind(self, prompter: Prompter, model: PreTrainedModel, adapter: Adapter | None = None) -> None:
         """Tie the backend to what makes prompts and reads answers, and to the model whose weights are asked.
@@ -74,11 +80,14 @@ class PreviewBackend(ABC):
             raise RuntimeError(f"{type(self).__name__}.bind(prompter, model) comes before previews")
         return self._model
 
-    def examine(self, model: PreTrainedModel) -> tuple[str, str]:
+    def examine(
+        self, model: PreTrainedModel, load_base: Callable[[], PreTrainedModel] | None = None
+    ) -> tuple[str, str]:
         """Try, before a run, whether there would be answers.
 
         Args:
             model: Its shapes count, not its weights.
+            load_base: Loads the weights that the run's adapters lie on, to be compared; None where it has none.
 
         Returns:
             (what answers, why nothing would); one of them is empty, or both where there is nothing to try.
@@ -93,8 +102,23 @@ class PreviewBackend(ABC):
     def collect(self, timeout: float = 0.0) -> list[PreviewResult]:
         """Answers that are done and not yet collected, in order; waits up to `timeout` seconds for the first."""
 
+    def claim(self, done: Sequence[PreviewResult], prompt_ids: Container[str]) -> list[PreviewResult]:
+        """Of what is done, now and before, the answers to these prompts; the rest stays for others.
+
+        Args:
+            done: From `collect` or `finish`.
+            prompt_ids: Names of the prompts.
+        """
+        unclaimed = [*self._unclaimed, *done]
+        self._unclaimed = [result for result in unclaimed if result.prompt_id not in prompt_ids]
+        return [result for result in unclaimed if result.prompt_id in prompt_ids]
+
     def settle(self) -> None:
         """What was submitted holds the weights of its step from here on: they are about to change."""
+        return
+
+    def make_room(self) -> None:
+        """Wait, for a bounded time, until a preview asked for now would not be dropped: the run is about to end."""
         return
 
     def finish(self) -> list[PreviewResult]:
@@ -112,6 +136,7 @@ class PreviewBackend(ABC):
     def close(self) -> None:
         """Let go of whatever is held; may be called again."""
         self._prompter = self._model = self._adapter = None
+        self._unclaimed = []
 
     def preview(
         self,
@@ -136,10 +161,10 @@ class PreviewBackend(ABC):
         request = self.prompter.request({"prompt": prompt}, prompt_id=name, golden=golden_answer, step=step)
         params = self.prompter.sampling(max_new_tokens=max_new_tokens, temperature=temperature, **sampling)
         self.submit([request], params, step)
-        results = self.collect(timeout=float("inf"))
-        return next(
-            (r for r in results if r.prompt_id == request.prompt_id), failed(request, self.backend_type, GAVE_WAY)
-        )
+        while done := self.collect(timeout=float("inf")):
+            if own := self.claim(done, {name}):
+                return own[0]
+        return failed(request, self.backend_type, GAVE_WAY)
 
 
 def failed(request: PreviewRequest, backend_type: str, message: str) -> PreviewResult:

@@ -40,6 +40,11 @@ class CallFailed(Exception):
         return cls(Failure("DATA_LOSS", "", text, permanent=False))
 
     @classmethod
+    def unfit(cls, text: str) -> CallFailed:
+        """More is asked for than the worker takes."""
+        return cls(Failure("OUT_OF_RANGE", "", text, permanent=False))
+
+    @classmethod
     def never(cls, text: str, reason: str = "") -> CallFailed:
         """Asking again would not help."""
         return cls(Failure("FAILED_PRECONDITION", reason, text, permanent=True))

@@ -21,7 +21,7 @@ READ_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Deadlines:
-    """Seconds until a call is given up.
+    """Seconds until a call is given up, or made.
 
     Args:
         preflight: The first Describe, for which the start of training waits.
@@ -31,8 +31,10 @@ class Deadlines:
         resume: Since the last chunk of an upload that broke off, before it is no longer taken up again.
         commit: Commit: verify, wait for a running generation, apply.
         event: Between two events of a generation.
-        generate: A whole generation, at most.
-        abort: Abort, when the run ends.
+        generate: A whole generation of up to 1,024 tokens, at most; of more, in proportion.
+        idle: Without a job, until the worker's lease is renewed, which lasts a minute.
+        renew: Renew.
+        release: Release, when the run ends.
     """
 
     preflight: float = 2.4
@@ -43,7 +45,9 @@ class Deadlines:
     commit: float = 30.0
     event: float = 15.0
     generate: float = 120.0
-    abort: float = 0.3
+    idle: float = 15.0
+    renew: float = 3.0
+    release: float = 0.3
 
 
 @dataclass(frozen=True)

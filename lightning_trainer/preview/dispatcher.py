@@ -16,15 +16,18 @@ import socket
 import sys
 import threading
 import traceback
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from lightning_trainer.preview.asker import ask
+from lightning_trainer.preview.asker import Answers, ask
+from lightning_trainer.preview.batches import Part, parts_of
 from lightning_trainer.preview.breaker import Breaker
 from lightning_trainer.preview.calls import CallFailed, as_call_failed, connect
 from lightning_trainer.preview.dialogue import Lines, Setup, to_bytes
 from lightning_trainer.preview.pusher import Pusher
 from lightning_trainer.rpc import preview_pb2 as pb
 from lightning_trainer.rpc.layout import differing
+from lightning_trainer.rpc.limits import RENEWS
 from lightning_trainer.types import InputError
 
 TICK = 0.2
@@ -100,21 +103,32 @@ class Dispatcher:
             self._worker.watchdog.check()
 
     def quit(self) -> NoReturn:
-        """End at once; what the worker holds half of is given up."""
-        if self._breaker.state != "off":
-            with contextlib.suppress(CallFailed):  # the worker forgets it by itself, only later
-                self._pusher.abort()
+        """End at once; the worker is free for another run, and what it holds half of is given up."""
+        if self._breaker.state == "closed":
+            with contextlib.suppress(CallFailed):  # its lease ends by itself, only later
+                self._pusher.release()
         os._exit(0)
 
     def _run(self) -> None:
         self._probe(self._setup.deadlines.preflight)
         while True:
             try:
-                job = self.jobs.get(timeout=self._breaker.wait())
+                pause = self._breaker.wait() if self._breaker.state == "open" else self._setup.deadlines.idle
+                job = self.jobs.get(timeout=pause)
             except queue.Empty:
-                self._probe(self._setup.deadlines.describe)
+                self._look_after()
             else:
                 self._do(job)
+
+    def _look_after(self) -> None:
+        """There is nothing to do: see whether the worker is back, or keep it for this run."""
+        if self._breaker.state == "open":
+            self._probe(self._setup.deadlines.describe)
+        elif self._breaker.state == "closed" and self._described and self._described.wire_minor >= RENEWS:
+            try:
+                self._pusher.renew()
+            except CallFailed as error:
+                self._failed(error)
 
     def _probe(self, deadline: float) -> None:
         """Ask the worker who it is, if only to see whether it answers."""
@@ -148,10 +162,11 @@ class Dispatcher:
             known = self._described or self._describe(self._setup.deadlines.describe)
             request = pb.GenerateRequest.FromString(to_bytes(job["request"]))
             _check_rules(request, known)
+            parts, refused = parts_of(request, known.limits)
             done = self._pusher.push(self._slots[job["slot"]], job["step"], job["job"])
             pushed = {"push_seconds": done.seconds, "push_bytes": done.sent}
             self._lines.send({"type": "free", "job": job["job"], **pushed})
-            answers = ask(self._worker, request, done.ref, self._setup.deadlines)
+            answers = [ask(self._worker, part.request, done.ref, self._setup.deadlines) for part in parts]
             if self._pusher.instance != known.worker_instance_id:
                 self._described = None  # another worker has taken the place
         except CallFailed as error:
@@ -160,7 +175,7 @@ class Dispatcher:
             self._answer(job, status="failed", error=_one_line(error), **pushed)
             return
         self._succeeded()
-        fields = {"tokens": answers.tokens, "reasons": answers.reasons, "seconds": answers.seconds}
+        fields = _together(len(request.prompts), parts, answers, refused)
         self._answer(job, status="ok", step=done.ref.global_step, **fields, **pushed)
 
     def _which_fields(self, error: CallFailed) -> CallFailed:
@@ -196,6 +211,19 @@ class Dispatcher:
         if state != self._state:
             self._state = state
             self._lines.send({"type": "state", "state": state, "why": why, "fields": fields})
+
+
+def _together(
+    prompts: int, parts: Sequence[Part], answers: Sequence[Answers], refused: Mapping[int, str]
+) -> dict[str, Any]:
+    """The answers in the order of the whole request; a prompt that was not asked has none, and says why."""
+    tokens: list[list[int]] = [[] for _ in range(prompts)]
+    reasons: list[str] = ["error"] * prompts
+    for part, found in zip(parts, answers, strict=True):
+        for place, ids, reason in zip(part.places, found.tokens, found.reasons, strict=True):
+            tokens[place], reasons[place] = ids, reason
+    errors = [refused.get(place, "") for place in range(prompts)]
+    return {"tokens": tokens, "reasons": reasons, "errors": errors, "seconds": sum(a.seconds for a in answers)}
 
 
 def _check_rules(request: pb.GenerateRequest, known: pb.DescribeResponse) -> None:

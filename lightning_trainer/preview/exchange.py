@@ -63,6 +63,7 @@ class Exchange:
 
     def __init__(self, publication: Publication, slots: Sequence[Slot], setup: Setup) -> None:
         self._publication, self._run_id, self._not_before = publication, setup.run_id, 0.0
+        self._pushed = -1
         self.figures: dict[str, float] = {}
         self.mailbox = Mailbox(slots)
         self.companion = Companion(setup)
@@ -70,41 +71,44 @@ class Exchange:
     def put(
         self, number: int, requests: Sequence[PreviewRequest], sampling: SamplingParams, step: int
     ) -> list[Outcome]:
-        """Take a snapshot, and hand it over when it is its turn.
+        """Take a snapshot, unless there is one of these weights, and hand it over when it is its turn.
 
         Returns:
             What had to give way; this very preview, where no slot is free.
         """
-        slot, replaced = self.mailbox.room(), self.mailbox.waiting
-        job = Job(number, step, -1 if slot is None else slot, tuple(requests), sampling)
+        slot, replaced = self.mailbox.present(step), []
         if slot is None:
-            return [outcome(job, "dropped", "no slot is free")]
-        started = time.perf_counter()
-        self.mailbox.put(job, self._publication.tensors())
-        self.figures["stall_ms"] = 1000 * (time.perf_counter() - started)
+            slot = self.mailbox.room()
+            if slot is None:
+                return [outcome(Job(number, step, -1, tuple(requests), sampling), "dropped", "no slot is free")]
+            started = time.perf_counter()
+            replaced = self.mailbox.snapshot(step, slot, self._publication.tensors())
+            self.figures["stall_ms"] = 1000 * (time.perf_counter() - started)
+        self.mailbox.put(Job(number, step, slot, tuple(requests), sampling))
         self.hand_over(hurry=False)
-        return [] if replaced is None else [outcome(replaced, "dropped", "a newer one came")]
+        return [outcome(job, "dropped", "a newer one came") for job in replaced]
 
     def settle(self) -> None:
-        """Wait until the tensors may be changed."""
-        if self.mailbox.waiting is None:
-            return
+        """The tensors are about to change."""
         started = time.perf_counter()
         self.mailbox.settle()
-        self.figures["stall_ms"] += 1000 * (time.perf_counter() - started)
+        self.figures["stall_ms"] = self.figures.get("stall_ms", 0.0) + 1000 * (time.perf_counter() - started)
         self.hand_over(hurry=False)
 
     def hand_over(self, hurry: bool) -> None:
-        """Give the waiting job to the dispatcher, when it is its turn.
+        """Give the first waiting job to the dispatcher, when it is its turn.
 
         Args:
             hurry: Somebody waits: neither the link is spared nor the snapshot left to itself.
         """
-        if time.monotonic() < self._not_before and not hurry:
+        waiting = self.mailbox.waiting
+        pushes = bool(waiting) and waiting[0].step != self._pushed
+        if pushes and time.monotonic() < self._not_before and not hurry:
             return
         job = self.mailbox.next(wait=hurry)
         if job is None:
             return
+        self._pushed = job.step
         request = to_wire(f"{self._run_id}-{job.number}", job.requests, job.sampling, pb.WeightsSelector())
         message = {"type": "job", "job": job.number, "step": job.step, "slot": job.slot}
         self.companion.send({**message, "request": to_text(request.SerializeToString())})
@@ -126,7 +130,7 @@ class Exchange:
             self.figures |= {"push_seconds": took, "push_mb": message["push_bytes"] / 1e6}
             if took > SHORT_PUSH:
                 self._not_before = time.monotonic() + took * (1 / DUTY - 1)
-            self.mailbox.sent(job)
+            self.mailbox.sent()
             return []
         self.mailbox.done()
         if message["status"] != "ok":
@@ -141,16 +145,17 @@ class Exchange:
         job = self.mailbox.flying
         self.mailbox.done()
         found = [] if job is None else [outcome(job, "failed", why)]
-        if not self.companion.is_usable and (waiting := self.mailbox.drop_waiting()):
-            found.append(outcome(waiting, "skipped", self.companion.why))
+        if not self.companion.is_usable:
+            found += [outcome(waiting, "skipped", self.companion.why) for waiting in self.mailbox.drop_waiting()]
         return found
 
     def end(self, why: str) -> list[Outcome]:
         """End the dispatcher, and with it everything under way; in bounded time."""
         self.companion.stop()
-        jobs = (self.mailbox.flying, self.mailbox.drop_waiting())
+        jobs = [self.mailbox.flying] if self.mailbox.flying is not None else []
+        jobs += self.mailbox.drop_waiting()
         self.mailbox.done()
-        return [outcome(job, "failed", why) for job in jobs if job is not None]
+        return [outcome(job, "failed", why) for job in jobs]
 
     def close(self) -> None:
         """Give the slots back, too."""

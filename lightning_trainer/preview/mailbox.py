@@ -1,4 +1,4 @@
-"""Mailbox: one preview under way and one that waits; a newer one takes the place of the one that waits."""
+"""Mailbox: one preview under way, and those that wait, all for one set of weights; newer weights take their place."""
 
 from __future__ import annotations
 
@@ -60,80 +60,92 @@ class Counters:
 class Mailbox:
     """Jobs and the slots their weights lie in.
 
+    Several may ask at one step; their jobs share one snapshot.
+
     Args:
         slots: For snapshots.
 
     Attributes:
-        waiting: The newest, not yet handed over.
+        waiting: Not yet handed over, in the order they came; all of one snapshot, the newest.
         flying: Handed over, not yet answered.
     """
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         self.slots = tuple(slots)
-        self._free = set(range(len(self.slots)))
-        self.waiting: Job | None = None
+        self.waiting: list[Job] = []
         self.flying: Job | None = None
+        self._being_read = False
+        self._fresh: tuple[int, int] | None = None
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing is under way."""
-        return self.waiting is None and self.flying is None
+        return not self.waiting and self.flying is None
+
+    def present(self, step: int) -> int | None:
+        """The slot that holds the weights of `step` as they are now; None where no snapshot was taken since."""
+        return self._fresh[1] if self._fresh is not None and self._fresh[0] == step else None
 
     def room(self) -> int | None:
-        """A slot that a snapshot may go to: the waiting job's, or a free one; None: there is none."""
-        if self.waiting is not None:
-            return self.waiting.slot
-        return min(self._free, default=None)
+        """A slot for a snapshot: a free one, or that of the jobs that wait; None: all are being read."""
+        read = self.flying.slot if self.flying is not None and self._being_read else None
+        held = {job.slot for job in self.waiting}
+        free = [slot for slot in range(len(self.slots)) if slot != read]
+        return min(free, key=lambda slot: slot not in held, default=None)
 
-    def put(self, job: Job, tensors: Mapping[str, Tensor]) -> None:
-        """Take a snapshot for `job`, which waits from here on, in the place of any other."""
-        self.waiting = None  # from here on its slot holds the weights of two steps, should the copy fail
-        self._free.add(job.slot)
-        self.slots[job.slot].fill(tensors)
-        self._free.discard(job.slot)
-        self.waiting = job
+    def snapshot(self, step: int, slot: int, tensors: Mapping[str, Tensor]) -> list[Job]:
+        """Copy the weights of `step`.
+
+        Returns:
+            Jobs that waited, and give way.
+        """
+        replaced, self.waiting = self.waiting, []  # now: should the copy fail, the slot holds two steps
+        self._fresh = None
+        self.slots[slot].fill(tensors)
+        self._fresh = (step, slot)
+        return replaced
+
+    def put(self, job: Job) -> None:
+        """Have `job` wait for its turn; its weights lie in its slot."""
+        self.waiting.append(job)
 
     def next(self, wait: bool) -> Job | None:
-        """The waiting job, to be handed over now; None where there is none, or its turn has not come.
+        """The first waiting job, to be handed over now; None where there is none, or its turn has not come.
 
         Args:
             wait: Whether to wait for its snapshot.
         """
-        job = self.waiting
-        if job is None or self.flying is not None:
+        if not self.waiting or self.flying is not None:
             return None
+        slot = self.slots[self.waiting[0].slot]
         if wait:
-            self.slots[job.slot].settle()
-        if not self.slots[job.slot].settled():
+            slot.wait()
+        if not slot.settled():
             return None
-        self.waiting, self.flying = None, job
-        return job
+        self.flying, self._being_read = self.waiting.pop(0), True
+        return self.flying
 
-    def sent(self, job: Job) -> None:
-        """The worker has the weights: the slot is free."""
-        self._free.add(job.slot)
+    def sent(self) -> None:
+        """The worker has the weights of the job under way: its slot is read no more."""
+        self._being_read = False
 
     def done(self) -> None:
         """The job under way is decided."""
-        if self.flying is not None and (self.waiting is None or self.waiting.slot != self.flying.slot):
-            self._free.add(self.flying.slot)
         self.flying = None
 
-    def drop_waiting(self) -> Job | None:
-        """Take the waiting job away."""
-        job, self.waiting = self.waiting, None
-        if job is not None:
-            self._free.add(job.slot)
-        return job
+    def drop_waiting(self) -> list[Job]:
+        """Take the waiting jobs away."""
+        jobs, self.waiting = self.waiting, []
+        return jobs
 
     def settle(self) -> None:
-        """Wait until the tensors may be changed."""
-        if self.waiting is not None:
-            self.slots[self.waiting.slot].settle()
+        """The tensors are about to change: what is copied comes before that, and is of the past from here on."""
+        if self._fresh is not None:
+            self.slots[self._fresh[1]].settle()
+            self._fresh = None
 
     def close(self) -> None:
         """Give the slots back."""
-        self.waiting = self.flying = None
-        self._free.clear()
+        self.waiting, self.flying, self._fresh = [], None, None
         for slot in self.slots:
             slot.close()

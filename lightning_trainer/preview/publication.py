@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_trainer.adapters import Adapter, adapted_layers
 from lightning_trainer.rpc import preview_pb2 as pb
 from lightning_trainer.rpc.errors import Refusal
-from lightning_trainer.rpc.layout import Entry, identity_of, layout_of, model_tensors
+from lightning_trainer.rpc.layout import Entry, base_digest, identity_of, layout_of, model_tensors
 from lightning_trainer.types import InputError
 
 if TYPE_CHECKING:
@@ -47,9 +47,8 @@ def publication_of(model: PreTrainedModel, adapter: Adapter | None) -> Publicati
         raise InputError(
             "the base is quantised: a worker cannot hold the same one yet; take LocalPreviewBackend", key=KEY
         )
-    base = b"" if adapter is None else bytes.fromhex(adapter.base_digest())
     try:
-        identity = identity_of(model, base)
+        identity = identity_of(model, b"" if adapter is None else base_digest(model))
         if adapter is None:
             layout = layout_of(model_tensors(model))
             return Publication(pb.UPDATE_KIND_MODEL, identity, None, layout, lambda: model_tensors(model))

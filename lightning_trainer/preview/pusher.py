@@ -55,14 +55,14 @@ class Pusher:
         setup: Says what the model is.
 
     Attributes:
-        under_way: (update, fencing token) that the worker may hold half of.
+        lease: Fencing token of the worker's lease, once it has been taken; None: it is another's.
         instance: Of the worker that last took an update.
     """
 
     def __init__(self, worker: Worker, setup: Setup) -> None:
         self._worker, self._setup = worker, setup
         self._best_rate = 4.0 * SLOWEST
-        self.under_way: tuple[str, int] | None = None
+        self.lease: int | None = None
         self.instance = ""
 
     def push(self, view: memoryview, step: int, sequence: int) -> Pushed:
@@ -107,19 +107,17 @@ class Pusher:
         deadlines, update_id = self._setup.deadlines, update.begin.update_id
         with as_call_failed():
             plan = self._worker.weights.Begin(update.begin, timeout=deadlines.begin, metadata=self._worker.metadata)
-        update.begun, self.instance = True, plan.worker_instance_id
+        update.begun, self.instance, self.lease = True, plan.worker_instance_id, plan.fencing_token
         if plan.resume_offset > update.arrived:  # progress is what the worker has, not what was handed to gRPC
             update.arrived, update.moved = plan.resume_offset, time.monotonic()
         if plan.already_resident:
             return
-        self.under_way = (update_id, plan.fencing_token)
         self._upload(update, plan)
         request = pb.CommitRequest(update_id=update_id, fencing_token=plan.fencing_token, target=update.begin.target)
         if not update.uploaded:  # one more Begin tells whether a Commit without an answer was carried out
             update.uploaded, update.moved = True, time.monotonic() + deadlines.commit
         with as_call_failed():
             done = self._worker.weights.Commit(request, timeout=deadlines.commit, metadata=self._worker.metadata)
-        self.under_way = None
         if done.resident != update.begin.target:
             raise CallFailed.wrong("the worker committed other weights than it was sent")
 
@@ -156,14 +154,34 @@ class Pusher:
                 )
             offset += length
 
-    def abort(self) -> None:
-        """Have the worker forget what it holds half of."""
-        if self.under_way is None:
+    def renew(self) -> None:
+        """Keep the worker for this run while there is nothing to push.
+
+        Raises:
+            CallFailed: It does not answer.
+        """
+        if self.lease is None:
             return
-        update_id, token = self.under_way
-        request = pb.AbortRequest(update_id=update_id, fencing_token=token)
+        request, deadline = pb.LeaseRequest(fencing_token=self.lease), self._setup.deadlines.renew
+        try:
+            with as_call_failed():
+                self._worker.weights.Renew(request, timeout=deadline, metadata=self._worker.metadata)
+        except CallFailed as error:
+            self.lease = None  # the next push begins anew
+            if error.failure.reason != "FENCED":
+                raise
+
+    def release(self) -> None:
+        """Let another run have the worker, which forgets what it holds half of.
+
+        Raises:
+            CallFailed: It was not told; it will find out, only later.
+        """
+        if self.lease is None:
+            return
+        request, deadline = pb.LeaseRequest(fencing_token=self.lease), self._setup.deadlines.release
         with as_call_failed():
-            self._worker.weights.Abort(request, timeout=self._setup.deadlines.abort, metadata=self._worker.metadata)
+            self._worker.weights.Release(request, timeout=deadline, metadata=self._worker.metadata)
 
 
 def _runs(sizes: Sequence[int], needed: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -6,9 +6,12 @@ import atexit
 import importlib.util
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
 
 from lightning_trainer.preview.base import PreviewBackend, failed
 from lightning_trainer.preview.companion import Companion
@@ -19,6 +22,8 @@ from lightning_trainer.preview.mailbox import Counters
 from lightning_trainer.preview.prompter import Prompter
 from lightning_trainer.preview.publication import KEY, Publication, publication_of
 from lightning_trainer.preview.snapshot import Slot, available_bytes, check_room
+from lightning_trainer.rpc import preview_pb2 as pb
+from lightning_trainer.rpc.layout import base_digest
 from lightning_trainer.rpc.security import check_exposure, parse_address, read_file, read_token
 from lightning_trainer.types import InputError, PreviewRequest, PreviewResult, SamplingParams
 
@@ -29,6 +34,8 @@ if TYPE_CHECKING:
 
 PREFLIGHT_SECONDS = 2.9
 """Most that the start of training waits for the worker's first answer."""
+
+NO_ANSWER = f"no answer within {PREFLIGHT_SECONDS:g} s"
 
 
 class GrpcPreviewBackend(PreviewBackend):
@@ -86,6 +93,7 @@ class GrpcPreviewBackend(PreviewBackend):
         # Not from 1: a worker that still knows this run from before it was resumed takes only later ones.
         self._sequence = time.time_ns() // 1_000_000
         self._exchange: Exchange | None = None
+        self._end_by: float | None = None
         self._owner = os.getpid()
 
     def bind(self, prompter: Prompter, model: PreTrainedModel, adapter: Adapter | None = None) -> None:
@@ -97,6 +105,7 @@ class GrpcPreviewBackend(PreviewBackend):
         """
         self.close()
         super().bind(prompter, model, adapter)
+        self._end_by = None
         publication = publication_of(model, adapter)
         count = 1 if adapter is None else 2  # two models' worth of host memory is a lot, of adapters little
         check_room(count * sum(entry.nbytes for entry in publication.layout), self._available)
@@ -129,29 +138,46 @@ class GrpcPreviewBackend(PreviewBackend):
         )
 
     def _hear_out(self, companion: Companion) -> None:
-        end = time.monotonic() + PREFLIGHT_SECONDS
-        while not companion.state and (left := end - time.monotonic()) > 0:
-            companion.receive(left)
-        if companion.state == "connected":
+        if self._answered(companion):
             return
-        why = companion.why or f"no answer within {PREFLIGHT_SECONDS:g} s"
+        why = companion.why or NO_ANSWER
         if self.preflight == "require":
             self.close()
             raise InputError(f"the preview worker at {self.address} cannot be used: {why}", key=f"{KEY}.address")
         if not companion.state:
             companion.notices.append(f"preview worker {self.address}: {why}; training starts")
 
-    def examine(self, model: PreTrainedModel) -> tuple[str, str]:
-        """Ask the worker what it holds; nothing is sent."""
-        companion = Companion(self._setup_of(publication_of(model, None), []))
+    def examine(
+        self, model: PreTrainedModel, load_base: Callable[[], PreTrainedModel] | None = None
+    ) -> tuple[str, str]:
+        """Ask the worker what it holds; nothing is sent.
+
+        Weights are loaded, and compared, once it answers and holds a model of the same shape.
+        """
+        publication = publication_of(model, None)
+        why = self._why_not(publication)
+        if not why and load_base is not None:
+            publication.identity.frozen_base_sha256 = base_digest(load_base())
+            why = self._why_not(replace(publication, kind=pb.UPDATE_KIND_ADAPTER))
+        if why:
+            return "", f"the worker at {self.address} cannot be used: {why}"
+        return f"the worker at {self.address} answers and holds the same model", ""
+
+    def _why_not(self, publication: Publication) -> str:
+        """What the worker at the address says against it, or empty."""
+        companion = Companion(self._setup_of(publication, []))
+        try:
+            return "" if self._answered(companion) else companion.why or NO_ANSWER
+        finally:
+            companion.stop()
+
+    @staticmethod
+    def _answered(companion: Companion) -> bool:
+        """Whether a worker that can be used answers, in time for the start of training."""
         end = time.monotonic() + PREFLIGHT_SECONDS
         while not companion.state and (left := end - time.monotonic()) > 0:
             companion.receive(left)
-        state, why = companion.state, companion.why or f"no answer within {PREFLIGHT_SECONDS:g} s"
-        companion.stop()
-        if state == "connected":
-            return f"the worker at {self.address} answers and holds the same model", ""
-        return "", f"the worker at {self.address} cannot be used: {why}"
+        return companion.state == "connected"
 
     def submit(self, requests: Sequence[PreviewRequest], sampling: SamplingParams, step: int) -> None:
         """Copy the weights and ask for answers by them; returns at once.
@@ -178,12 +204,16 @@ class GrpcPreviewBackend(PreviewBackend):
     def _answer_here(self, requests: Sequence[PreviewRequest], sampling: SamplingParams, step: int) -> None:
         local = LocalPreviewBackend()
         local.bind(self.prompter, self.model)
-        local.submit(requests, sampling, step)
+        try:
+            local.submit(requests, sampling, step)
+        except torch.OutOfMemoryError:  # training has the memory, and keeps it
+            self._skip(requests, sampling, "the worker does not answer, and there is no memory to answer here")
+            return
         self._done += local.collect()
         self._counters.ok += 1
 
     def settle(self) -> None:
-        """Wait until the weights may be changed; comes before every optimizer step."""
+        """The weights are about to change: what is being copied of them comes before that."""
         if self._exchange is not None:
             self._exchange.settle()
 
@@ -202,11 +232,24 @@ class GrpcPreviewBackend(PreviewBackend):
             self._take(exchange.take_in(min(left, 1.0)))
             exchange.hand_over(hurry=True)
 
+    def make_room(self) -> None:
+        """Wait until a preview would not be dropped: what comes now is of the last weights. See `finish`."""
+        while self._exchange is not None and self._exchange.mailbox.room() is None and (left := self._left()) > 0:
+            self._take(self._exchange.take_in(min(left, 1.0)))
+
+    def _left(self) -> float:
+        """Seconds that the end of the run may still wait; they are counted from the first call."""
+        if self._end_by is None:
+            self._end_by = time.monotonic() + self.flush_timeout
+        return self._end_by - time.monotonic()
+
     def finish(self) -> list[PreviewResult]:
-        """Wait up to `flush_timeout` seconds for all that is under way; what is not done by then comes as failed."""
-        end = time.monotonic() + self.flush_timeout
+        """Wait for all that is under way; what is not done by then comes as failed.
+
+        Together with `make_room`, and however often they are called, `flush_timeout` seconds at most.
+        """
         done = self.collect()
-        while self._under_way and (left := end - time.monotonic()) > 0:
+        while self._under_way and (left := self._left()) > 0:
             done += self.collect(left)
         if self._under_way:
             self._take(self._bound.end(f"not done within {self.flush_timeout:g} s of the end of the run"))
@@ -230,7 +273,9 @@ class GrpcPreviewBackend(PreviewBackend):
     def _results(self, found: Outcome) -> list[PreviewResult]:
         answer = found.answer
         return [
-            self.prompter.result(
+            failed(request, self.backend_type, error)
+            if error
+            else self.prompter.result(
                 request,
                 tokens,
                 reason,
@@ -239,7 +284,9 @@ class GrpcPreviewBackend(PreviewBackend):
                 weights_step=answer["step"],
                 seed=found.sampling.seed,
             )
-            for request, tokens, reason in zip(found.requests, answer["tokens"], answer["reasons"], strict=True)
+            for request, tokens, reason, error in zip(
+                found.requests, answer["tokens"], answer["reasons"], answer["errors"], strict=True
+            )
         ]
 
     @property

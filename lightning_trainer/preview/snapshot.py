@@ -50,7 +50,7 @@ def check_room(needed: int, available: Callable[[], int] = available_bytes) -> N
 class Slot:
     """Memory of exactly the layout's bytes; the tensors lie end to end.
 
-    All of it is of one step: `fill` copies every tensor, and nothing may change them before `settle` has returned.
+    All of it is of one step: `fill` copies every tensor, and nothing may change them before `settle` was called.
 
     Args:
         layout: Tensors and their order.
@@ -102,6 +102,11 @@ class Slot:
         return self._copies is None or self._copies.done()
 
     def settle(self) -> None:
+        """Have what the device does from here on come after the copies; the host does not wait for it."""
+        if self._copies is not None:
+            self._copies.precede()
+
+    def wait(self) -> None:
         """Wait until the copies are through."""
         if self._copies is not None:
             self._copies.wait()
@@ -110,7 +115,7 @@ class Slot:
         """Give the memory back."""
         if self._bytes is None:
             return
-        self.settle()
+        self.wait()
         if self._copies is not None:
             self._copies.close()
         self._bytes = self._copies = None
@@ -137,6 +142,9 @@ class _DeviceCopies:
 
     def done(self) -> bool:
         return bool(self._event.query())
+
+    def precede(self) -> None:
+        torch.cuda.current_stream(self._device).wait_event(self._event)
 
     def wait(self) -> None:
         self._event.synchronize()

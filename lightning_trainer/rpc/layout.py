@@ -127,11 +127,18 @@ def _forward(value: Any) -> Any:
     return value
 
 
+def base_digest(model: PreTrainedModel) -> bytes:
+    """Tells apart the weights that adapters lie on; the same with adapters on them and without."""
+    from lightning_trainer.adapters import bits_digest
+
+    return bytes.fromhex(bits_digest(model_tensors(model).items()))
+
+
 def identity_of(model: PreTrainedModel, frozen_base: bytes = b"") -> pb.ModelIdentity:
     """What must be equal on both sides.
 
     Args:
-        frozen_base: Digest of the weights beneath adapters.
+        frozen_base: `base_digest`, where adapters may lie on the model.
     """
     from lightning_trainer.pretrained import embedding_rows
 

@@ -95,10 +95,10 @@ def requests_from_wire(message: pb.GenerateRequest, vocab_size: int, limits: Lim
     requests = [_request(prompt, vocab_size, limits) for prompt in message.prompts]
     longest = max(len(request.prompt_ids) for request in requests)
     total = len(requests) * (longest + message.stopping.max_new_tokens)
-    if total > limits.max_total_tokens:
+    if total > limits.total_tokens:
         raise Refusal(
             Reason.REASON_TOKEN_BUDGET,
-            f"{total} tokens (prompts x (longest + new)) are more than {limits.max_total_tokens}",
+            f"{total} tokens (prompts x (longest + new)) are more than {limits.total_tokens}",
             ["max_total_tokens"],
         )
     return requests

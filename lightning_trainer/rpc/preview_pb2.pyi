@@ -483,6 +483,18 @@ class AbortResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class LeaseRequest(_message.Message):
+    __slots__ = ("fencing_token",)
+    FENCING_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    fencing_token: int
+    def __init__(self, fencing_token: _Optional[int] = ...) -> None: ...
+
+class LeaseResponse(_message.Message):
+    __slots__ = ("remaining_millis",)
+    REMAINING_MILLIS_FIELD_NUMBER: _ClassVar[int]
+    remaining_millis: int
+    def __init__(self, remaining_millis: _Optional[int] = ...) -> None: ...
+
 class ErrorDetail(_message.Message):
     __slots__ = ("reason", "fields", "retry_after_millis")
     class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):

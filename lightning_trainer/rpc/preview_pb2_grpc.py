@@ -212,6 +212,16 @@ class WeightsStub:
                 request_serializer=lightning__trainer_dot_rpc_dot_preview__pb2.AbortRequest.SerializeToString,
                 response_deserializer=lightning__trainer_dot_rpc_dot_preview__pb2.AbortResponse.FromString,
                 _registered_method=True)
+        self.Renew = channel.unary_unary(
+                '/lightning_trainer.preview.v1.Weights/Renew',
+                request_serializer=lightning__trainer_dot_rpc_dot_preview__pb2.LeaseRequest.SerializeToString,
+                response_deserializer=lightning__trainer_dot_rpc_dot_preview__pb2.LeaseResponse.FromString,
+                _registered_method=True)
+        self.Release = channel.unary_unary(
+                '/lightning_trainer.preview.v1.Weights/Release',
+                request_serializer=lightning__trainer_dot_rpc_dot_preview__pb2.LeaseRequest.SerializeToString,
+                response_deserializer=lightning__trainer_dot_rpc_dot_preview__pb2.LeaseResponse.FromString,
+                _registered_method=True)
 
 
 class WeightsServicer:
@@ -241,6 +251,20 @@ class WeightsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Renew(self, request, context):
+        """since minor 1: the run is still there
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Release(self, request, context):
+        """since minor 1: it has ended; others may begin
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WeightsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -263,6 +287,16 @@ def add_WeightsServicer_to_server(servicer, server):
                     servicer.Abort,
                     request_deserializer=lightning__trainer_dot_rpc_dot_preview__pb2.AbortRequest.FromString,
                     response_serializer=lightning__trainer_dot_rpc_dot_preview__pb2.AbortResponse.SerializeToString,
+            ),
+            'Renew': grpc.unary_unary_rpc_method_handler(
+                    servicer.Renew,
+                    request_deserializer=lightning__trainer_dot_rpc_dot_preview__pb2.LeaseRequest.FromString,
+                    response_serializer=lightning__trainer_dot_rpc_dot_preview__pb2.LeaseResponse.SerializeToString,
+            ),
+            'Release': grpc.unary_unary_rpc_method_handler(
+                    servicer.Release,
+                    request_deserializer=lightning__trainer_dot_rpc_dot_preview__pb2.LeaseRequest.FromString,
+                    response_serializer=lightning__trainer_dot_rpc_dot_preview__pb2.LeaseResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -373,6 +407,60 @@ class Weights:
             '/lightning_trainer.preview.v1.Weights/Abort',
             lightning__trainer_dot_rpc_dot_preview__pb2.AbortRequest.SerializeToString,
             lightning__trainer_dot_rpc_dot_preview__pb2.AbortResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Renew(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lightning_trainer.preview.v1.Weights/Renew',
+            lightning__trainer_dot_rpc_dot_preview__pb2.LeaseRequest.SerializeToString,
+            lightning__trainer_dot_rpc_dot_preview__pb2.LeaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Release(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lightning_trainer.preview.v1.Weights/Release',
+            lightning__trainer_dot_rpc_dot_preview__pb2.LeaseRequest.SerializeToString,
+            lightning__trainer_dot_rpc_dot_preview__pb2.LeaseResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -14,7 +14,7 @@ from lightning_trainer.generation import Generation, OnStep, generate
 from lightning_trainer.pretrained import load_config, load_model
 from lightning_trainer.rpc import preview_pb2 as pb
 from lightning_trainer.rpc.errors import Reason, Refusal
-from lightning_trainer.rpc.layout import Entry, identity_of, layout_of, model_tensors, raw_bytes
+from lightning_trainer.rpc.layout import Entry, base_digest, identity_of, layout_of, model_tensors, raw_bytes
 from lightning_trainer.types import InputError, PreviewRequest, SamplingParams
 from lightning_trainer.worker.adapter_spec import settings_of
 
@@ -35,7 +35,7 @@ class Engine(Protocol):
 
     @property
     def identity(self) -> pb.ModelIdentity:
-        """What a trainer's model must equal; with the digest of the frozen base where there are adapters."""
+        """What a trainer's model must equal; with the digest of its own weights, on which adapters may lie."""
 
     @property
     def has_weights(self) -> bool:
@@ -80,6 +80,9 @@ class Engine(Protocol):
     def memory(self) -> tuple[int, int]:
         """(free, all) bytes of the device; zeros where it does not say."""
 
+    def is_alive(self) -> bool:
+        """Whether the device still computes; asked after a fault that nobody foresaw."""
+
 
 class TransformersEngine:
     """A model of transformers, from this machine's own disk.
@@ -103,7 +106,6 @@ class TransformersEngine:
         self._dtype = dtype or getattr(load_config(self._path), "dtype", None) or torch.float32
         self._on_disk = any(pretrained.glob("*.safetensors")) or any(pretrained.glob("pytorch_model*.bin"))
         self._load()
-        self._identity = identity_of(self._model)
 
     def _load(self) -> None:
         with torch.random.fork_rng(devices=[]):
@@ -115,15 +117,7 @@ class TransformersEngine:
         self._adapter: Adapter | None = None
         self._spec: pb.AdapterSpec | None = None
         self.has_weights, self._changed, self._is_built = self._on_disk, False, True
-
-    @property
-    def identity(self) -> pb.ModelIdentity:
-        """See Engine."""
-        identity = pb.ModelIdentity()
-        identity.CopyFrom(self._identity)
-        if self._adapter is not None:
-            identity.frozen_base_sha256 = bytes.fromhex(self._adapter.base_digest())
-        return identity
+        self.identity = identity_of(self._model, base_digest(self._model) if self._on_disk else b"")
 
     @property
     def layout(self) -> Sequence[Entry]:
@@ -210,7 +204,7 @@ class TransformersEngine:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         cache = 2 * config.num_hidden_layers * heads * width * self._model.dtype.itemsize
-        need = rows * tokens * cache + rows * self._identity.vocab_size * 8 + RESERVE_BYTES
+        need = rows * tokens * cache + rows * self.identity.vocab_size * 8 + RESERVE_BYTES
         free, _ = self.memory()
         if need > free:
             text = f"the batch needs about {need >> 20} MiB, the device has {free >> 20} MiB free"
@@ -223,3 +217,12 @@ class TransformersEngine:
         free, total = torch.cuda.mem_get_info(self._device)
         kept = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         return free + kept, total
+
+    def is_alive(self) -> bool:
+        """See Engine. After an illegal access or a failed assertion CUDA refuses every call of the process."""
+        try:
+            return bool((torch.ones(1, device=self._device) + 1).item() == 2)
+        except torch.OutOfMemoryError:
+            return True
+        except RuntimeError:
+            return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 import traceback
@@ -49,6 +50,10 @@ class Patience:
     stop: float = 10.0
 
 
+class DeviceLost(Exception):
+    """The device does not compute any more in this process; a new process may find it well."""
+
+
 @dataclass
 class Host:
     """What both services share. Belongs to one event loop.
@@ -58,6 +63,7 @@ class Host:
         turns: Who may use it.
         running: The generation that has the turn.
         counters: Only grow; as GetStatus says them.
+        lost: Set once the device does not compute any more.
     """
 
     limits: Limits
@@ -69,6 +75,7 @@ class Host:
     counters: Counter[str] = field(default_factory=Counter)
     health: Any = field(default_factory=health.aio.HealthServicer)
     started: float = field(default_factory=time.monotonic)
+    lost: asyncio.Event = field(default_factory=asyncio.Event)
     loaded: Resident | None = None
 
     async def load(self, make_engine: Callable[[], Engine]) -> None:
@@ -100,6 +107,19 @@ class Host:
         for service, serving in shown.items():
             status = health_pb2.HealthCheckResponse
             await self.health.set(service, status.SERVING if serving else status.NOT_SERVING)
+
+    async def see_to_device(self) -> None:
+        """Serve no more where the device has failed for good, as a GPU does at an illegal access.
+
+        The process then ends with status 1, so that whatever watches it can start another.
+        """
+        weights = self.loaded
+        if weights is None or await self.compute.run(weights.engine.is_alive):
+            return
+        log.error("the device does not compute any more: ending")
+        weights.draining = True
+        await self.show_health()
+        self.lost.set()
 
     async def drain(self) -> None:
         """Begin nothing more."""

@@ -68,3 +68,12 @@ class Lease:
         if token != self.token or not self.remaining:
             raise Refusal(Reason.REASON_FENCED, "this lease has ended: begin again", ["fencing_token"])
         self.renew(self.run_id)
+
+    def release(self, token: int) -> None:
+        """End it, so that another run may begin at once.
+
+        Raises:
+            Refusal: The token is of a lease that has ended.
+        """
+        self.check(token)
+        self._until = float("-inf")

@@ -119,15 +119,9 @@ class Resident:
         return not self.engine.is_prepared(request.kind, request.adapter)
 
     def _same_model(self, request: pb.BeginRequest) -> None:
-        is_adapter = request.kind == pb.UPDATE_KIND_ADAPTER
-        theirs = pb.ModelIdentity()
-        theirs.CopyFrom(request.identity)
-        unlike = []
-        if not is_adapter or not self.engine.is_prepared(request.kind, request.adapter):
-            theirs.frozen_base_sha256 = b""  # what lies beneath adapters is known once there are some
-        if is_adapter and not request.identity.frozen_base_sha256:
+        unlike = differing(self.identity, request.identity)
+        if request.kind == pb.UPDATE_KIND_ADAPTER and not request.identity.frozen_base_sha256:
             unlike.append("frozen_base_sha256")
-        unlike += differing(self.identity, theirs)
         if unlike:
             text = f"trainer and worker differ in {', '.join(unlike)}"
             raise Refusal(Reason.REASON_IDENTITY_MISMATCH, text, unlike)
@@ -144,7 +138,7 @@ class Resident:
         finally:
             self._look()
         self._state = State.STATE_READY  # POISONED or not, the model was built anew
-        self._same_model(request)
+        self._same_model(request)  # what lies on the disk may be another by now
 
     def begin(self, request: pb.BeginRequest) -> pb.BeginResponse:
         """Begin an update, or go on with it.
@@ -232,6 +226,15 @@ class Resident:
         self.lease.check(token)
         if self._update is not None and self._update.update_id == update_id:
             self._update = None
+
+    def release(self, token: int) -> None:
+        """Forget the update under way, and the run's right to begin others.
+
+        Raises:
+            Refusal: The token is of a lease that has ended.
+        """
+        self.lease.release(token)
+        self._update = None
 
     def is_committed(self, target: pb.WeightsRef) -> bool:
         """Whether the model has these weights already, under this name."""

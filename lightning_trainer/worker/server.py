@@ -24,7 +24,7 @@ from lightning_trainer.types import InputError
 from lightning_trainer.worker.answering import Stopped
 from lightning_trainer.worker.auth import TokenGate
 from lightning_trainer.worker.engine import Engine
-from lightning_trainer.worker.host import Host, Patience
+from lightning_trainer.worker.host import DeviceLost, Host, Patience
 from lightning_trainer.worker.services import Preview
 from lightning_trainer.worker.weights_service import Weights
 
@@ -120,21 +120,24 @@ async def serve(serving: Serving, make_engine: Callable[[], Engine], on_ready: R
 
     Raises:
         InputError: The address cannot be listened on, or there is no such model.
+        DeviceLost: The device has failed.
     """
     worker = Worker(serving)
     asked = asyncio.Event()
     _hear(asked)
     starting = asyncio.ensure_future(worker.start(make_engine))
-    stopping = asyncio.ensure_future(asked.wait())
-    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    ends = {asyncio.ensure_future(asked.wait()), asyncio.ensure_future(worker.host.lost.wait())}
+    await asyncio.wait({starting, *ends}, return_when=asyncio.FIRST_COMPLETED)
     try:
         if starting.done():
             starting.result()
             on_ready(worker.address.target)
-            await stopping
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         starting.cancel()
     finally:
         ended = await worker.stop()
+    if worker.host.lost.is_set():
+        raise DeviceLost("the device does not compute any more; start the worker again")
     return ended
 
 

@@ -44,7 +44,7 @@ class Preview(PreviewServicer):
             wire_minor=WIRE_MINOR,
             worker_version=__version__,
             worker_instance_id=weights.instance_id,
-            identity=_without_base(weights.identity),
+            identity=weights.identity,
             limits=limits,
             rule_kinds=RULE_KINDS,
             encodings=[pb.ENCODING_RAW],
@@ -92,14 +92,6 @@ class Preview(PreviewServicer):
             await Conversation(host, request, context).hold(prompts, sampling)
         finally:
             host.in_flight.discard(request.request_id)
-
-
-def _without_base(identity: pb.ModelIdentity) -> pb.ModelIdentity:
-    """What lies beneath the last run's adapters says nothing to the next, whose layers may be others."""
-    plain = pb.ModelIdentity()
-    plain.CopyFrom(identity)
-    plain.frozen_base_sha256 = b""
-    return plain
 
 
 class Conversation:

@@ -1,4 +1,4 @@
-"""Weights on the wire: Begin, Upload, Commit, Abort."""
+"""Weights on the wire: Begin, Upload, Commit, Abort, and the lease under which they come: Renew, Release."""
 
 from __future__ import annotations
 
@@ -79,6 +79,9 @@ class Weights(WeightsServicer):
             times.append(time.monotonic())
             try:
                 await self.host.compute.run(lambda: weights.apply(update))
+            except Refusal:  # it broke off half-way
+                await self.host.see_to_device()
+                raise
             finally:
                 self.host.turns.give()
                 await self.host.show_health()
@@ -113,3 +116,16 @@ class Weights(WeightsServicer):
         """Forget an update."""
         self.host.resident.abort(request.update_id, request.fencing_token)
         return pb.AbortResponse()
+
+    @answered
+    async def Renew(self, request: pb.LeaseRequest, context: Any) -> pb.LeaseResponse:
+        """Keep the worker for the run."""
+        lease = self.host.resident.lease
+        lease.check(request.fencing_token)
+        return pb.LeaseResponse(remaining_millis=round(lease.remaining * 1000))
+
+    @answered
+    async def Release(self, request: pb.LeaseRequest, context: Any) -> pb.LeaseResponse:
+        """Let another run begin; what this one was sending is forgotten."""
+        self.host.resident.release(request.fencing_token)
+        return pb.LeaseResponse()

@@ -52,7 +52,7 @@ class FakeEngine:
             layout_of(model_tensors(model)) to stand for a real model.
         has_weights: Whether it starts with some.
         token_seconds: Time one token takes.
-        frozen_base: Digest of what lies beneath adapters.
+        frozen_base: Digest of its own weights, on which adapters lie.
 
     Attributes:
         fail_apply_after: Write this many tensors of an update, then raise; once.
@@ -60,6 +60,7 @@ class FakeEngine:
         raise_next: Raised by the next generation; once.
         room: check_room refuses batches of more tokens.
         steps: Tokens made, over all generations.
+        alive: Whether the device computes.
     """
 
     name = "fake"
@@ -82,7 +83,7 @@ class FakeEngine:
         self.on_token: Callable[[int], Any] = lambda number: None
         self.raise_next: BaseException | None = None
         self.room: int | None = None
-        self.steps = 0
+        self.steps, self.alive = 0, True
         self.applied: list[list[str]] = []
         self.prepared: list[Any] = []
         self._threads: set[int] = set()
@@ -97,7 +98,7 @@ class FakeEngine:
     def identity(self) -> pb.ModelIdentity:
         found = pb.ModelIdentity()
         found.CopyFrom(self._identity)
-        if self._kind == pb.UPDATE_KIND_ADAPTER:
+        if self._started_with:
             found.frozen_base_sha256 = self._frozen_base
         return found
 
@@ -159,3 +160,6 @@ class FakeEngine:
 
     def memory(self) -> tuple[int, int]:
         return 0, 0
+
+    def is_alive(self) -> bool:
+        return self.alive

@@ -17,7 +17,7 @@ from lightning_trainer.types import PreviewRequest, PreviewResult, SamplingParam
 
 TOKENS = 8
 
-QUICK = Deadlines(preflight=1.0, describe=1.0, begin=2.0, stall=1.0, resume=6.0, commit=2.0, event=1.0)
+QUICK = Deadlines(preflight=1.0, describe=1.0, begin=2.0, stall=1.0, resume=6.0, commit=2.0, event=1.0, idle=0.2)
 """Short, so that tests are."""
 
 

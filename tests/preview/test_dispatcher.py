@@ -20,7 +20,7 @@ from lightning_trainer.rpc.layout import Entry
 
 FOLDER = Path(preview.__file__).parent
 
-CALLS = {"Describe", "Generate", "GetStatus", "Begin", "Upload", "Commit", "Abort"}
+CALLS = {"Describe", "Generate", "GetStatus", "Begin", "Upload", "Commit", "Abort", "Renew", "Release"}
 
 
 def setup(slots: tuple[int, ...] = (), address: str = "127.0.0.1:1") -> Setup:
@@ -55,7 +55,7 @@ def test_every_call_of_a_worker_has_a_deadline() -> None:
             if isinstance(target, ast.Attribute) and target.attr in CALLS:
                 found.append(target.attr)
                 assert "timeout" in {word.arg for word in node.keywords}, f"{path.name}:{node.lineno}"
-    assert sorted(found) == ["Abort", "Begin", "Commit", "Describe", "Generate", "Upload"]
+    assert sorted(found) == ["Begin", "Commit", "Describe", "Generate", "Release", "Renew", "Upload"]
 
 
 def test_only_the_dispatchers_modules_import_grpc() -> None:

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from lightning_trainer.preview import LocalPreviewBackend, Prompter
 from lightning_trainer.preview.remote import GrpcPreviewBackend
 from lightning_trainer.profiles.plain import Plain
 from lightning_trainer.rpc.layout import identity_of
-from lightning_trainer.types import InputError
+from lightning_trainer.rpc.limits import Limits
+from lightning_trainer.types import InputError, PreviewRequest, SamplingParams
 from lightning_trainer.worker.engine import TransformersEngine
 
 
@@ -262,3 +264,136 @@ def test_the_token_is_shown(model: Any, prompter: Prompter, tmp_path: Path) -> N
         with bound(worker.address, prompter, model) as backend:
             assert backend.state == "off"
             assert "UNAUTHENTICATED" in backend.notices()[0]
+
+
+def test_more_prompts_than_a_batch_are_answered_as_they_are_locally(
+    model: Any, prompter: Prompter, tiny_model_dir: Path
+) -> None:
+    texts = [f"what is {n} plus {n}?" for n in range(18)]
+    requests = [prompter.request({"prompt": text}, prompt_id=text, step=7) for text in texts]
+    sampled = prompter.sampling(max_new_tokens=6, temperature=1.3, seed=11)
+    local = LocalPreviewBackend()
+    local.bind(prompter, model)
+    local.submit(requests, sampled, 7)
+    expected = [answer.text for answer in local.collect()]
+    make = lambda: TransformersEngine(tiny_model_dir, torch.float32, torch.device("cpu"))  # noqa: E731
+    with running_worker(make) as worker, bound(worker.address, prompter, model) as backend:
+        backend.submit(requests, sampled, 7)
+        assert [result.text for result in collect(backend, 18)] == expected
+        assert backend.counters["ok"] == 1
+
+
+def test_what_the_worker_does_not_take_fails_by_itself_and_in_words(model: Any, prompter: Prompter) -> None:
+    limits = Limits(max_prompt_tokens=3, max_new_tokens=8)
+    with (
+        running_worker(fake_for(model), limits=limits) as worker,
+        bound(worker.address, prompter, model) as backend,
+    ):
+        weights = set_weights(model, 1)
+        backend.submit(
+            [PreviewRequest((1, 2, 3), prompt_id="short", step=1), PreviewRequest((1,) * 4, prompt_id="long", step=1)],
+            SamplingParams(max_new_tokens=8),
+            1,
+        )
+        short, long = collect(backend, 2)
+        assert right(short, 1, weights, prompter)
+        assert (long.success, long.prompt_id) == (False, "long")
+        assert "4 tokens, the worker takes 3: start it with --max-prompt-tokens 4" in str(long.error_message)
+        ask(backend, 2, tokens=9)
+        assert "--max-new-tokens 9" in str(collect(backend)[0].error_message)
+        assert backend.state == "lost"
+        weights = set_weights(model, 3)
+        ask(backend, 3)
+        assert right(collect(backend)[0], 3, weights, prompter)
+        assert backend.state == "connected"
+
+
+def test_several_ask_at_one_step_through_one_snapshot(model: Any, prompter: Prompter) -> None:
+    engine = fake_for(model, token_seconds=0.01)
+    with running_worker(engine) as worker, bound(worker.address, prompter, model) as backend:
+        for step in (1, 2):
+            weights = set_weights(model, step)
+            for who in "abc":
+                backend.submit(
+                    [PreviewRequest((1, 2, 3), prompt_id=who, step=step)], SamplingParams(max_new_tokens=8), step
+                )
+            backend.settle()
+            set_weights(model, step + 50)  # later ones must not get these
+            results = collect(backend, 3)
+            assert [result.prompt_id for result in results] == ["a", "b", "c"]
+            assert all(right(result, step, weights, prompter) for result in results)
+        assert (backend.counters["ok"], backend.counters["dropped"]) == (6, 0)
+        assert len(engine.applied) == 2
+
+
+def test_weights_changed_within_a_step_are_not_taken_for_those_of_the_snapshot(model: Any, prompter: Prompter) -> None:
+    """An average of weights, put in at the end of training, has the step of the last weights."""
+    with running_worker(fake_for(model)) as worker, bound(worker.address, prompter, model) as backend:
+        ask(backend, 5)
+        first = collect(backend)[0]
+        backend.settle()
+        weights = set_weights(model, 77)
+        ask(backend, 5)
+        second = collect(backend)[0]
+        assert right(second, 5, weights, prompter)
+        assert first.text != second.text
+
+
+def test_the_answers_are_told_apart_by_the_names_of_their_prompts(model: Any, prompter: Prompter) -> None:
+    with running_worker(fake_for(model)) as worker, bound(worker.address, prompter, model) as backend:
+        for who in "ab":
+            backend.submit([PreviewRequest((1, 2, 3), prompt_id=who, step=1)], SamplingParams(max_new_tokens=8), 1)
+        done = collect(backend, 2)
+        assert [result.prompt_id for result in backend.claim(done, {"b"})] == ["b"]
+        assert [result.prompt_id for result in backend.claim([], {"a"})] == ["a"]
+        assert backend.claim([], {"a", "b"}) == []
+
+
+def test_the_last_preview_waits_for_room_and_the_end_is_bounded_all_the_same(model: Any, prompter: Prompter) -> None:
+    with running_worker(fake_for(model)) as worker:
+        with bound(worker.address, prompter, model, flush_timeout=5.0) as backend:
+            pid = backend._bound.companion.pid
+            os.kill(pid, signal.SIGSTOP)
+            ask(backend, 1)
+            timer = threading.Timer(0.5, os.kill, (pid, signal.SIGCONT))
+            timer.start()
+            weights = set_weights(model, 2)
+            backend.make_room()
+            ask(backend, 2)
+            assert [result.weights_step for result in backend.finish()] == [1, 2]
+            assert backend.counters["dropped"] == 0
+            assert content(model) == weights
+            timer.join()
+        with bound(worker.address, prompter, model, flush_timeout=0.4) as backend:
+            os.kill(backend._bound.companion.pid, signal.SIGSTOP)
+            ask(backend, 1)
+            started = time.monotonic()
+            for step in (2, 3):
+                backend.make_room()
+                ask(backend, step)
+                backend.finish()
+            assert time.monotonic() - started < 0.4 + 3.0
+
+
+def test_the_worker_is_free_for_another_run_when_this_one_has_ended(model: Any, prompter: Prompter) -> None:
+    with running_worker(fake_for(model)) as worker:
+        for run in ("one", "two"):
+            backend = GrpcPreviewBackend(worker.address)
+            backend.run_id = run
+            backend.bind(prompter, model)
+            weights = set_weights(model, 1)
+            ask(backend, 1)
+            assert right(collect(backend)[0], 1, weights, prompter)
+            backend.close()
+
+
+def test_the_worker_is_kept_while_there_is_nothing_to_push(model: Any, prompter: Prompter) -> None:
+    with running_worker(fake_for(model), lease=0.8) as worker:
+        with bound(worker.address, prompter, model) as backend:
+            assert worker.host.loaded is not None
+            lease = worker.host.loaded.lease
+            ask(backend, 1)
+            assert collect(backend)[0].success
+            assert lease.remaining > 0
+            assert not eventually(lambda: lease.remaining == 0, seconds=2.5)
+        assert lease.remaining == 0

@@ -228,6 +228,22 @@ def test_25_a_run_that_was_paused_for_longer_than_its_lease_is_fenced(held: Resi
     assert held.ref == ref(filled(2), 1, "other")
 
 
+def test_a_run_that_has_ended_lets_the_next_begin_at_once(held: Resident) -> None:
+    message = request(held, filled(1), 1)
+    begun = begin(held, message)
+    send(held, begun, message.update_id, b"\1" * 500)
+    held.release(begun.fencing_token)
+    late = [
+        lambda: held.release(begun.fencing_token),
+        lambda: held.abort(message.update_id, begun.fencing_token),
+        lambda: commit(held, begun, message),
+    ]
+    assert [reason(call) for call in late] == [R.REASON_FENCED] * 3
+    push(held, filled(2), 1, "other")
+    assert held.ref == ref(filled(2), 1, "other")
+    assert [reason(call) for call in late] == [R.REASON_FENCED] * 3
+
+
 def test_26_publications_only_go_up_within_a_lease(held: Resident, clock: Clock) -> None:
     push(held, filled(1), 5)
     for seq in (4, 5):

@@ -136,6 +136,18 @@ def test_a_second_signal_ends_a_worker_at_once() -> None:
         assert refused(lambda: list(call))[0] == "UNAVAILABLE"
 
 
+LOST = FAKE.replace("FakeEngine(token_seconds=0.02)", "engine").replace(
+    "ready =", "engine = FakeEngine(); engine.raise_next, engine.alive = RuntimeError('CUDA error'), False\nready ="
+)
+
+
+def test_a_process_whose_device_has_failed_ends_with_1_so_that_another_may_start() -> None:
+    with process("-c", LOST) as (worker, address):
+        with StockClient(address) as client:
+            assert refused(lambda: client.ask([[1]], 3))[0] == "INTERNAL"
+        assert worker.wait(10) == 1
+
+
 def test_16_what_a_killed_worker_was_sent_is_gone_and_sent_again() -> None:
     tensors = {entry.name: bytes([1]) * entry.nbytes for entry in SMALL}
     with process("-c", FAKE) as (worker, address), StockClient(address) as client:

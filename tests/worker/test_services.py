@@ -59,7 +59,7 @@ def start(client: StockClient, request: pb.GenerateRequest) -> Any:
 
 def test_a_stock_client_describes_pushes_and_generates(client: StockClient) -> None:
     told = client.describe()
-    assert (told.engine, told.wire_minor, told.limits.max_update_bytes) == ("fake", 0, 4046)
+    assert (told.engine, told.wire_minor, told.limits.max_update_bytes) == ("fake", 1, 4046)
     assert [client.serving(name) for name in ("", PREVIEW, WEIGHTS)] == [True] * 3
     ref = client.push(SMALL, filled(1), 1, size=100)
     assert client.describe().resident == ref
@@ -393,6 +393,42 @@ def test_24_25_a_second_trainer_is_refused_until_the_first_is_silent() -> None:
         for call in (lambda: one.upload("late", b"\3" * 9), lambda: one.commit("late", late.target)):
             assert refused(call) == ("ABORTED", "FENCED")
         assert two.describe().resident == ref
+
+
+def test_a_lease_is_kept_by_renewing_it_and_given_up_by_releasing_it() -> None:
+    with (
+        running_worker(FakeEngine(), lease=0.6) as running,
+        StockClient(running.address, run_id="one") as one,
+        StockClient(running.address, run_id="two") as two,
+    ):
+        one.push(SMALL, filled(1), 1)
+        mine = pb.LeaseRequest(fencing_token=one.fencing_token)
+        for _ in range(4):
+            time.sleep(0.3)
+            assert 500 < one.weights.Renew(mine, **one.options).remaining_millis <= 600
+        assert refused(lambda: two.push(SMALL, filled(2), 1)) == ("FAILED_PRECONDITION", "LEASE_HELD")
+        assert one.weights.Release(mine, **one.options).remaining_millis == 0
+        ref = two.push(SMALL, filled(2), 1)
+        for call in (one.weights.Renew, one.weights.Release):
+            assert refused(lambda call=call: call(mine, **one.options)) == ("ABORTED", "FENCED")
+        assert two.describe().resident == ref
+
+
+def test_a_device_that_has_failed_for_good_ends_the_worker(worker: RunningWorker, client: StockClient) -> None:
+    worker.engine.raise_next, worker.engine.alive = RuntimeError("CUDA error: an illegal memory access"), False
+    assert refused(lambda: client.ask([[1]], 5))[0] == "INTERNAL"
+    assert [client.serving(name) for name in (PREVIEW, WEIGHTS)] == [False, False]
+    assert refused(lambda: client.ask([[1]], 5))[0] == "UNAVAILABLE"
+    assert worker.host.lost.is_set()
+
+
+def test_a_device_that_fails_while_weights_are_written_ends_the_worker(
+    worker: RunningWorker, client: StockClient
+) -> None:
+    worker.engine.fail_apply_after, worker.engine.alive = 1, False
+    assert refused(lambda: client.push(SMALL, filled(1), 1)) == ("FAILED_PRECONDITION", "POISONED")
+    assert worker.host.lost.is_set()
+    assert not client.serving(WEIGHTS)
 
 
 def test_26_an_older_publication_is_refused(client: StockClient) -> None:

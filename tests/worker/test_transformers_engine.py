@@ -11,12 +11,19 @@ import torch
 from worker_thread import RunningWorker, StockClient, answers_of, refused, running_worker
 
 from lightning_trainer.adapters import LoraSettings, adapted_layers, put_in
-from lightning_trainer.generation import MAX_ROWS, generate
+from lightning_trainer.generation import generate
 from lightning_trainer.pretrained import load_model
 from lightning_trainer.rpc import preview_pb2 as pb
-from lightning_trainer.rpc.layout import identity_of, layout_of, model_tensors, raw_bytes
+from lightning_trainer.rpc.layout import base_digest, identity_of, layout_of, model_tensors, raw_bytes
 from lightning_trainer.rpc.messages import to_wire
-from lightning_trainer.types import AfterSequence, ForbidTokens, PreviewRequest, SamplingParams, TokenPenalty
+from lightning_trainer.types import (
+    PROMPTS_PER_BATCH,
+    AfterSequence,
+    ForbidTokens,
+    PreviewRequest,
+    SamplingParams,
+    TokenPenalty,
+)
 from lightning_trainer.worker.engine import TransformersEngine
 
 PROMPTS = ((5, 6, 7), (11, 12, 13, 14, 15, 16, 17), (301,))
@@ -87,7 +94,7 @@ def spec_of(model: Any, lora: LoraSettings) -> pb.AdapterSpec:
 
 def push_adapter(client: StockClient, model: Any, adapter: Any, seq: int = 1) -> pb.WeightsRef:
     tensors = dict(sorted(adapter.tensors().items()))
-    identity = identity_of(model, bytes.fromhex(adapter.base_digest()))
+    identity = identity_of(model, base_digest(model))
     about = {"identity": identity, "kind": pb.UPDATE_KIND_ADAPTER, "adapter": spec_of(model, adapter.settings)}
     return client.push(layout_of(tensors), values(tensors), seq, **about)
 
@@ -198,7 +205,7 @@ def test_adapters_that_fit_no_layer_are_refused(
     for name, value in change.items():
         spec.ClearField(name)
         spec.MergeFrom(pb.AdapterSpec(**{name: value}))
-    identity = identity_of(model, bytes.fromhex(adapter.base_digest()))
+    identity = identity_of(model, base_digest(model))
     about = {"identity": identity, "kind": pb.UPDATE_KIND_ADAPTER, "adapter": spec}
     request = client.begin_request(layout_of(tensors), values(tensors), client.ref(values(tensors), 1), "u", **about)
     assert refused(lambda: client.begin(request))[0] == "INVALID_ARGUMENT"
@@ -236,14 +243,14 @@ def test_only_what_changed_is_needed(client: StockClient, tiny_model_dir: Path) 
 
 def test_the_hook_sees_every_token_and_changes_none(tiny_model_dir: Path) -> None:
     model, _ = trained(tiny_model_dir)
-    asked = [PreviewRequest(prompt_ids=(5 + k, 9)) for k in range(MAX_ROWS + 2)]
+    asked = [PreviewRequest(prompt_ids=(5 + k, 9)) for k in range(PROMPTS_PER_BATCH + 2)]
     for sampling in (replace(GREEDY, stop_token_ids=()), replace(SAMPLED, stop_token_ids=())):
         seen: list[tuple[int, list[int]]] = []
         answers = generate(model, asked, sampling, lambda first, tokens, seen=seen: seen.append((first, tokens)))
         assert answers_equal(answers, generate(model, asked, sampling))
-        assert [first for first, _ in seen] == [0] * 12 + [MAX_ROWS] * 12
-        rows = [[tokens[row] for first, tokens in seen if first == 0] for row in range(MAX_ROWS)]
-        rows += [[tokens[row] for first, tokens in seen if first == MAX_ROWS] for row in range(2)]
+        assert [first for first, _ in seen] == [0] * 12 + [PROMPTS_PER_BATCH] * 12
+        rows = [[tokens[row] for first, tokens in seen if first == 0] for row in range(PROMPTS_PER_BATCH)]
+        rows += [[tokens[row] for first, tokens in seen if first == PROMPTS_PER_BATCH] for row in range(2)]
         assert rows == [list(answer.token_ids) for answer in answers]
 
 
