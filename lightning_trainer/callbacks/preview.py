@@ -50,9 +50,9 @@ class PreviewCallback(Callback):
         backend: PreviewBackend | None = None,
         name: str = DEFAULT_NAME,
     ) -> None:
-        for name, value in (("every_n_steps", every_n_steps), ("num_prompts", num_prompts)):
+        for key, value in (("every_n_steps", every_n_steps), ("num_prompts", num_prompts)):
             if value < 1:
-                raise InputError(f"PreviewCallback.{name} must be at least 1, not {value}")
+                raise InputError(f"PreviewCallback.{key} must be at least 1, not {value}")
         self.every_n_steps, self.prompts, self.num_prompts = every_n_steps, prompts, num_prompts
         self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
         if not name or "/" in name or name != name.strip():

@@ -1,0 +1,77 @@
+"""Several preview callbacks in one run, and callbacks that put other weights into the model between them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from remote_rig import fake_for
+from worker_thread import running_worker
+
+from lightning_trainer import pretrained
+from lightning_trainer.cli import main
+
+PLAIN = {"class_path": "PreviewCallback", "init_args": {"every_n_steps": 2, "num_prompts": 2, "max_new_tokens": 4}}
+GREEDY = {
+    "class_path": "PreviewCallback",
+    "init_args": {"name": "greedy", "every_n_steps": 4, "prompts": ["hello"], "max_new_tokens": 4, "temperature": 0.0},
+}
+
+
+def test_two_share_one_worker_and_each_has_its_answers(
+    job: Callable[..., Path], tiny_model_dir: Path, tmp_path: Path, lines: Any, scalars: Any, capsys: Any
+) -> None:
+    engine = fake_for(pretrained.load_model(str(tiny_model_dir), torch.float32))
+    config = job(trainer={"callbacks": [PLAIN, GREEDY, "planted.Slow"], "max_steps": 10, "max_epochs": -1})
+    remote = ["--preview_backend", "GrpcPreviewBackend", "--preview_backend.preflight", "require"]
+    with running_worker(engine) as worker:
+        assert main(["fit", "--config", str(config), *remote, "--preview_backend.address", worker.address]) == 0
+    answers = lines(tmp_path / "run" / "previews.jsonl")
+    assert all(answer["success"] and answer["weights_step"] == answer["step"] for answer in answers)
+    assert {(a["step"], a["prompt_id"]) for a in answers} == {
+        *((step, f"val-{n}") for step in (2, 4, 6, 8, 10) for n in (0, 1)),
+        *((step, "greedy/0") for step in (4, 8, 10)),
+    }
+    assert len(answers) == 13
+    for step in (4, 8, 10):  # the fake's tokens tell the weights: both had the same
+        assert len({answer["text"] for answer in answers if answer["step"] == step}) == 1
+    found = scalars(tmp_path / "run")
+    assert [step for step, _ in found["preview/weights_step"]] == [2, 4, 6, 8, 10]
+    assert [step for step, _ in found["greedy/weights_step"]] == [4, 8, 10]
+    assert found["preview/dropped"][-1][1] == found["greedy/dropped"][-1][1] == 0
+    assert "step 8 (greedy): previews by the weights of step 8" in capsys.readouterr().out
+
+
+def test_two_of_one_name_are_refused(job: Callable[..., Path], capsys: Any) -> None:
+    config = job(trainer={"callbacks": [PLAIN, PLAIN]})
+    assert main(["fit", "--config", str(config)]) == 2
+    assert "two PreviewCallbacks are named 'preview'" in capsys.readouterr().err
+
+
+def test_a_resumed_run_goes_on_with_the_state_of_each(job: Callable[..., Path], tmp_path: Path, lines: Any) -> None:
+    config = job(trainer={"callbacks": [PLAIN, GREEDY], "max_steps": 4, "max_epochs": -1})
+    assert main(["fit", "--config", str(config)]) == 0
+    assert main(["fit", "--config", str(config), "--ckpt_path", "last", "--trainer.max_steps", "6"]) == 0
+    steps = [(answer["step"], answer["prompt_id"]) for answer in lines(tmp_path / "run" / "previews.jsonl")]
+    assert len(steps) == len(set(steps))
+    assert [step for step, prompt in steps if prompt == "greedy/0"] == [4, 6]
+
+
+@pytest.mark.filterwarnings("ignore:You.re using the WeightAveraging callback:UserWarning")
+@pytest.mark.parametrize("first", [True, False])
+def test_averages_take_the_place_of_weights_after_these_were_copied(
+    first: bool, job: Callable[..., Path], tmp_path: Path, lines: Any
+) -> None:
+    average = {"class_path": "EMAWeightAveraging", "init_args": {"decay": 0.5}}
+    preview = {**PLAIN, "init_args": {**PLAIN["init_args"], "backend": "planted.CopiesLate"}}
+    callbacks = [average, preview] if first else [preview, average]
+    config = job(trainer={"callbacks": callbacks, "max_steps": 6, "max_epochs": -1}, validation={"every_n_steps": 2})
+    assert main(["fit", "--config", str(config)]) == 0
+    answers = lines(tmp_path / "run" / "previews.jsonl")
+    assert json.dumps([(a["step"], a["success"]) for a in answers]) == json.dumps(
+        [(step, True) for step in (2, 4, 6) for _ in range(2)]
+    )
