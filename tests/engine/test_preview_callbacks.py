@@ -14,6 +14,7 @@ from worker_thread import running_worker
 
 from lightning_trainer import pretrained
 from lightning_trainer.cli import main
+from lightning_trainer.worker.engine import TransformersEngine
 
 PLAIN = {"class_path": "PreviewCallback", "init_args": {"every_n_steps": 2, "num_prompts": 2, "max_new_tokens": 4}}
 GREEDY = {
@@ -75,3 +76,25 @@ def test_averages_take_the_place_of_weights_after_these_were_copied(
     assert json.dumps([(a["step"], a["success"]) for a in answers]) == json.dumps(
         [(step, True) for step in (2, 4, 6) for _ in range(2)]
     )
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_the_base_of_adapters_is_compared_before_anything_is_sent(
+    same: bool, job: Callable[..., Path], tiny_model_dir: Path, tmp_path: Path, capsys: Any
+) -> None:
+    model = pretrained.load_model(str(tiny_model_dir), torch.float32)
+    if not same:
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight[3, 5] += 0.5
+    pretrained.save_pretrained(model, pretrained.load_tokenizer(str(tiny_model_dir)), tmp_path / "base")
+    config = job(model={"lora": {"rank": 2, "target_modules": ["q_proj"]}}, trainer={"callbacks": [PLAIN]})
+    make = lambda: TransformersEngine(tmp_path / "base", torch.float32, torch.device("cpu"))  # noqa: E731
+    with running_worker(make) as worker:
+        remote = ["--preview_backend", "GrpcPreviewBackend", "--preview_backend.address", worker.address]
+        assert main(["check", "--config", str(config), *remote]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert ("answers and holds the same model" in said) == same
+        assert ("another than the one in training: frozen_base_sha256 differ" in said) == (not same)
+        status = main(["fit", "--config", str(config), *remote, "--preview_backend.preflight", "require"])
+        assert status == (0 if same else 2)
+        assert ("frozen_base_sha256 differ" in capsys.readouterr().err) == (not same)
