@@ -15,6 +15,7 @@ _HOMES = {
     "ChatDataModule": "data",
     "ConfigLoader": "engine.job.config_loader",
     "CompensatedAdamW": "model",
+    "CompensatedMuon": "model",
     "DataProfile": "profiles",
     "GrpcPreviewBackend": "preview",
     "LocalPreviewBackend": "preview",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -22,8 +22,13 @@ from lightning_trainer.diagnose.check_findings import Facts, Finding, Settings, 
 from lightning_trainer.diagnose.check_model import empty_model, model_facts, run_dtype
 from lightning_trainer.diagnose.check_run import RunFacts, run_facts
 from lightning_trainer.diagnose.check_screen import screen
-from lightning_trainer.model import CausalLMModule, CompensatedAdamW
+from lightning_trainer.model import CausalLMModule
+from lightning_trainer.model.optimizer_check import loses_nothing
+from lightning_trainer.model.schedule import set_rate
 from lightning_trainer.types import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["Finding", "Report", "examine"]
 
@@ -73,7 +78,7 @@ def examine(module: CausalLMModule, data: ChatDataModule, trainer: Trainer) -> R
     run = run_facts(data, trainer, train, 0 if val is None else val.examples, scheduler)
     held = memory.estimate(
         model,
-        memory.optimizer_bytes(optimizer, about.trainable, trained_dtype),
+        memory.optimizer_bytes(optimizer, about.trainable, trained_dtype, _largest(model)),
         about.loss,
         dtype,
         tokens=run.most_tokens,
@@ -84,6 +89,11 @@ def examine(module: CausalLMModule, data: ChatDataModule, trainer: Trainer) -> R
     )
     facts = Facts(settings, about, train.facts, val, run, held)
     return Report(facts, findings(facts))
+
+
+def _largest(model: PreTrainedModel) -> int:
+    """Weights of the largest tensor that is trained."""
+    return max((p.numel() for p in model.parameters() if p.requires_grad), default=0)
 
 
 def _trained(train: Rows, run: RunFacts) -> int:
@@ -97,13 +107,13 @@ def _optimizer(module: CausalLMModule, dtype: torch.dtype) -> tuple[Optimizer, L
         optimizer = module.make_optimizer([memory.asked_weight(dtype)])
     except (ValueError, TypeError) as error:
         raise InputError(str(error), key="model.optimizer") from error
-    rates = [group["lr"] for group in optimizer.param_groups]
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
     try:
         scheduler = module.make_scheduler(optimizer)
     except (ValueError, TypeError) as error:
         raise InputError(str(error), key="model.lr_scheduler") from error
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate  # the schedule has set that of its first step
+        set_rate(group, rate)  # the schedule has set that of its first step
     return optimizer, scheduler
 
 
@@ -116,6 +126,6 @@ def _settings(data: ChatDataModule, optimizer: Optimizer, trained: torch.dtype) 
         on_long_row=data.on_long_row,
         packing=data.packing,
         optimizer=type(optimizer).__name__,
-        loses_nothing=isinstance(optimizer, CompensatedAdamW) or trained == torch.float32,
+        loses_nothing=loses_nothing(optimizer, trained),
         lr=float(optimizer.param_groups[0]["lr"]),
     )

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from lightning_trainer.adapters import adapted_layers
 from lightning_trainer.model.attention import PACKED
 from lightning_trainer.model.loss import CHUNK, LossName, output_layer
+from lightning_trainer.model.muon import CompensatedMuon
 from lightning_trainer.model.optim import BUCKET, CompensatedAdamW
 
 GIB = 1 << 30
@@ -200,13 +201,14 @@ class OptimizerBytes:
     note: str
 
 
-def optimizer_bytes(optimizer: Optimizer, trained: int, dtype: torch.dtype) -> OptimizerBytes:
+def optimizer_bytes(optimizer: Optimizer, trained: int, dtype: torch.dtype, largest: int = 0) -> OptimizerBytes:
     """Ask the optimizer: it makes a step with one weight of 64 x 64, and its state is counted.
 
     Args:
         optimizer: Of that one weight, as `asked_weight` makes it; it is stepped.
         trained: Weights trained in the run.
         dtype: Of the run.
+        largest: Weights of the largest tensor among them.
     """
     weight: Tensor = optimizer.param_groups[0]["params"][0]
     weight.grad = torch.zeros_like(weight)
@@ -215,7 +217,7 @@ def optimizer_bytes(optimizer: Optimizer, trained: int, dtype: torch.dtype) -> O
     except (RuntimeError, TypeError, ValueError, AssertionError):  # needs a GPU, a closure, …
         return OptimizerBytes(2.0 * dtype.itemsize, 0, "unknown optimizer, assumed 2 moments")
     state = sum(value.nbytes for value in optimizer.state[weight].values() if isinstance(value, Tensor) and value.dim())
-    return OptimizerBytes(state / weight.numel(), _update_bytes(optimizer, trained, dtype), "")
+    return OptimizerBytes(state / weight.numel(), _update_bytes(optimizer, trained, dtype, largest), "")
 
 
 def asked_weight(dtype: torch.dtype) -> torch.nn.Parameter:
@@ -223,7 +225,10 @@ def asked_weight(dtype: torch.dtype) -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.zeros(ASKED, ASKED, dtype=dtype))
 
 
-def _update_bytes(optimizer: Optimizer, trained: int, dtype: torch.dtype) -> int:
+def _update_bytes(optimizer: Optimizer, trained: int, dtype: torch.dtype, largest: int) -> int:
+    if isinstance(optimizer, CompensatedMuon):
+        # of one matrix: fp32 weight, gradient and momentum, the first and last twice, and Newton-Schulz in bf16
+        return largest * (5 * 4 + 4 * 2)
     if isinstance(optimizer, CompensatedAdamW):
         # fp32 copies of weight, gradient and two moments; under 16-true the moments are fp32 themselves.
         copies = {torch.bfloat16: 16, torch.float16: 8}.get(dtype, 0)

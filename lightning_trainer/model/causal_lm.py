@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,14 +13,15 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_trainer import adapters
 from lightning_trainer import pretrained as hub
 from lightning_trainer.adapters import LoraSettings
 from lightning_trainer.lock import Lock, check_model, facts_of_model
 from lightning_trainer.model import attention, loss, probe
+from lightning_trainer.model.muon import CompensatedMuon
 from lightning_trainer.model.optim import CompensatedAdamW
+from lightning_trainer.model.optimizer_check import check_optimizer
 from lightning_trainer.model.schedule import StepSchedule, WarmupCosine
 from lightning_trainer.precision import SingleDtypePrecision
 from lightning_trainer.pretrained import QuantizationSettings
@@ -43,7 +45,8 @@ class CausalLMModule(lightning.LightningModule):
         lora: Train adapters on the model, which itself stays as it is; null trains all of it. `pretrained` may be
             the directory of such adapters, to go on with them.
         quantization: Keep the frozen model in 4 bits a weight, under `lora`.
-        optimizer: CompensatedAdamW, or any of torch's by its name.
+        optimizer: CompensatedAdamW, CompensatedMuon, any of torch's by its name, or a class by its path
+            (torchao.optim.AdamW8bit).
         lr_scheduler: WarmupCosine, WarmupStableDecay, WarmupConstant or one of torch's; stepped every optimizer step.
         locked: What must be so of the model, and stay so on resume.
 
@@ -300,7 +303,9 @@ class CausalLMModule(lightning.LightningModule):
             optimizer = self.make_optimizer(trained)
         except (ValueError, TypeError) as error:
             raise InputError(str(error), key="model.optimizer") from error
-        self._check_optimizer(optimizer)
+        check_optimizer(optimizer, self.adapter_dtype or self._run_dtype())
+        if isinstance(optimizer, CompensatedMuon):
+            optimizer.leave_to_adamw(self._outer_matrices())
         try:
             scheduler = self.make_scheduler(optimizer)
         except (ValueError, TypeError) as error:
@@ -309,6 +314,12 @@ class CausalLMModule(lightning.LightningModule):
             self._fit_schedule(scheduler)
         self._fresh = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _outer_matrices(self) -> Iterator[Tensor]:
+        """Those of embeddings and output layer, adapters of them included."""
+        for end in (self.causal_lm.get_input_embeddings(), self.causal_lm.get_output_embeddings()):
+            if end is not None:
+                yield from end.parameters()
 
     def _fit_schedule(self, scheduler: StepSchedule) -> None:
         steps = self.trainer.estimated_stepping_batches
@@ -319,22 +330,6 @@ class CausalLMModule(lightning.LightningModule):
                 key="trainer.max_steps",
             )
         scheduler.fit_to(1 if steps == float("inf") else int(steps))
-
-    def _check_optimizer(self, optimizer: Optimizer) -> None:
-        dtype, name = self.adapter_dtype or self._run_dtype(), type(optimizer).__name__
-        if isinstance(optimizer, CompensatedAdamW):
-            return
-        if dtype == torch.float16:
-            raise InputError(
-                f"{name} keeps fp16 moments under 16-true, in which squares of gradients are 0; take "
-                "CompensatedAdamW (fp32 moments) or trainer.precision: bf16-true",
-                key="model.optimizer",
-            )
-        if dtype == torch.bfloat16:
-            rank_zero_warn(
-                f"model.optimizer: {name} rounds bf16 weights to nearest: updates smaller than half a bf16 step are "
-                "lost (four of five weights at lr 1e-5); CompensatedAdamW loses none"
-            )
 
     def on_train_start(self) -> None:
         """Let what the user writes win over what a checkpoint remembers: rates, betas, decay."""

@@ -12,7 +12,7 @@ own fused AdamW in fp32, on a bucket of tensors at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -68,13 +68,15 @@ class CompensatedAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            trained = [p for p in group["params"] if p.grad is not None]
-            for bucket in _buckets(piece for p in trained for piece in _pieces(p, self._state_of(p))):
-                self._update(bucket, group)
+            self._update_all([p for p in group["params"] if p.grad is not None], group)
         return loss
 
-    def _update(self, pieces: list[_Piece], group: dict[str, Any]) -> None:
-        weights = [_exact(piece.weight, piece.state) for piece in pieces]
+    def _update_all(self, params: Sequence[Tensor], group: dict[str, Any]) -> None:
+        for bucket in _buckets(piece for p in params for piece in _pieces(p, self._state_of(p))):
+            self._update(bucket, group)
+
+    def _update(self, pieces: list[Piece], group: dict[str, Any]) -> None:
+        weights = [exact(piece.weight, piece.state) for piece in pieces]
         first, second = ([piece.state[name].float() for piece in pieces] for name in ("exp_avg", "exp_avg_sq"))
         adamw(
             weights,
@@ -96,7 +98,7 @@ class CompensatedAdamW(Optimizer):
         )
         for piece, weight, *moments in zip(pieces, weights, first, second, strict=True):
             if piece.weight.dtype != torch.float32:  # else all were updated in place
-                _store(piece, weight)
+                store(piece, weight)
                 piece.state["exp_avg"].copy_(moments[0])
                 piece.state["exp_avg_sq"].copy_(moments[1])
 
@@ -109,9 +111,9 @@ class CompensatedAdamW(Optimizer):
         """
         state = self.state.get(param, {})  # `self.state[param]` would make one
         if places is None:
-            return _exact(param.detach(), state).clone()
+            return exact(param.detach(), state).clone()
         low_bits = {"low_bits": state["low_bits"].reshape(-1)[places]} if "low_bits" in state else {}
-        return _exact(param.detach().reshape(-1)[places], low_bits).clone()
+        return exact(param.detach().reshape(-1)[places], low_bits).clone()
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[param]
@@ -145,7 +147,7 @@ class CompensatedAdamW(Optimizer):
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """A parameter, or a stretch of a large one, with its part of gradient and state; all are views."""
 
     weight: Tensor
@@ -153,30 +155,32 @@ class _Piece:
     state: dict[str, Tensor]
 
 
-def _pieces(param: Tensor, state: dict[str, Tensor]) -> Iterator[_Piece]:
+def _pieces(param: Tensor, state: dict[str, Tensor]) -> Iterator[Piece]:
     grad = param.grad
     assert grad is not None
     if grad.is_sparse:
         raise RuntimeError("CompensatedAdamW takes no sparse gradients; set sparse=False on the embedding")
     if param.numel() <= BUCKET or not (param.is_contiguous() and grad.is_contiguous()):
-        yield _Piece(param, grad, state)
+        yield Piece(param, grad, state)
         return
     for start in range(0, param.numel(), BUCKET):
         part = slice(start, start + BUCKET)
         views = {name: value.view(-1)[part] for name, value in state.items() if name != "step"}
         # Each update counts a step: only the last stretch may count the parameter's own.
         step = state["step"] if part.stop >= param.numel() else state["step"].clone()
-        yield _Piece(param.view(-1)[part], grad.view(-1)[part], {**views, "step": step})
+        yield Piece(param.view(-1)[part], grad.view(-1)[part], {**views, "step": step})
 
 
-def _exact(weight: Tensor, state: dict[str, Tensor]) -> Tensor:
+def exact(weight: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """The fp32 weight; of a fp32 parameter the parameter itself."""
     if weight.dtype != torch.bfloat16 or "low_bits" not in state:
         return weight.float()
     bits = weight.view(torch.int16).to(torch.int32).mul_(2 * HALF)
     return bits.add_(state["low_bits"]).view(torch.float32)
 
 
-def _store(piece: _Piece, weight: Tensor) -> None:
+def store(piece: Piece, weight: Tensor) -> None:
+    """Take over a new fp32 weight: as it is, or rounded with the bits that rounding cuts off."""
     if piece.weight.dtype != torch.bfloat16:
         piece.weight.copy_(weight)
         return
@@ -186,8 +190,8 @@ def _store(piece: _Piece, weight: Tensor) -> None:
     piece.state["low_bits"].copy_(bits - (high << 16))
 
 
-def _buckets(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
-    bucket: list[_Piece] = []
+def _buckets(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    bucket: list[Piece] = []
     size = 0
     for piece in pieces:
         if bucket and (size + piece.weight.numel() > BUCKET or piece.weight.dtype != bucket[0].weight.dtype):

@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -41,8 +42,8 @@ class StepSchedule(LRScheduler, ABC):
     def apply(self) -> None:
         """Set the optimizer's rates to those of the present step."""
         for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
-            group["lr"] = rate
-        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+            set_rate(group, rate)
+        self._last_lr = [float(group["lr"]) for group in self.optimizer.param_groups]
 
     def get_lr(self) -> list[float]:  # type: ignore[override]
         """Rate of each parameter group at the present step."""
@@ -68,6 +69,14 @@ class StepSchedule(LRScheduler, ABC):
         """Go to a saved step."""
         self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
         self.apply()
+
+
+def set_rate(group: dict[str, Any], rate: float) -> None:
+    """Set a group's rate; where it is a tensor, which compiled optimizers read, its value."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 class WarmupConstant(StepSchedule):

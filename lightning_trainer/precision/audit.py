@@ -38,7 +38,7 @@ def exceptions(dtype: torch.dtype, adapters: torch.dtype | None = None, packed_b
     packed = {PACKED_BASE: "uint8"} if packed_base else {}
     if dtype == torch.float32:
         return packed
-    own = {torch.float16: "moments", torch.bfloat16: "low_bits of CompensatedAdamW"}[dtype]
+    own = {torch.float16: "moments", torch.bfloat16: "low_bits of compensated optimizers"}[dtype]
     # fp16: squares of gradients underflow it. bf16: the bits that rounding cuts off its weights.
     found = {**dict.fromkeys(IN_FP32, "fp32"), own: "fp32" if dtype == torch.float16 else "int16", **packed}
     return {**found, ADAPTERS: "fp32"} if adapters == torch.float32 else found

@@ -104,7 +104,7 @@ def test_split_and_join_is_the_identity(bits: int) -> None:
     optimizer = CompensatedAdamW([param := torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))])
     state = optimizer._state_of(param)
     with torch.no_grad():
-        optim._store(optim._Piece(param, torch.zeros_like(param), state), weight)
+        optim.store(optim.Piece(param, torch.zeros_like(param), state), weight)
     assert optimizer.exact_weight(param).view(torch.int32).item() == bits
     # The bf16 half is a nearest one: at most half a step away, and exactly torch's own but for ties.
     if bits & 0xFFFF != 0x8000:

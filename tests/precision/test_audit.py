@@ -122,7 +122,7 @@ def test_the_audit_changes_nothing() -> None:
 def test_exceptions_are_in_words() -> None:
     assert exceptions(torch.float32) == {}
     assert exceptions(torch.bfloat16)["rotary frequencies"] == "fp32"
-    assert exceptions(torch.bfloat16)["low_bits of CompensatedAdamW"] == "int16"
+    assert exceptions(torch.bfloat16)["low_bits of compensated optimizers"] == "int16"
     assert exceptions(torch.float16)["moments"] == "fp32"
 
 

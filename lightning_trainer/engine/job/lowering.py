@@ -81,13 +81,23 @@ def _model(config: TrainerConfig) -> dict[str, Any]:
         "gradient_checkpointing": config.hyperparams.use_gradient_checkpointing,
         "lora": None,
         "quantization": None,
-        "optimizer": {"class_path": "CompensatedAdamW", "init_args": {"lr": config.hyperparams.learning_rate}},
+        "optimizer": _optimizer(config),
         "lr_scheduler": {
             "class_path": "WarmupCosine",
             "init_args": {"warmup_steps": config.hyperparams.warmup_steps},
         },
         "locked": {name: getattr(config.locked, name) for name in Locked.model_fields},
     }
+
+
+def _optimizer(config: TrainerConfig) -> dict[str, Any]:
+    named = {"adamw": "CompensatedAdamW", "muon": "CompensatedMuon", "adamw_8bit": "torchao.optim.AdamW8bit"}
+    kind = config.environment.optimizer_type
+    arguments: dict[str, Any] = {"lr": config.hyperparams.learning_rate}
+    if kind == "adamw_8bit":  # ours are so by default
+        arguments |= {"betas": [0.9, 0.95], "weight_decay": 0.0}
+        arguments["bf16_stochastic_round"] = config.hyperparams.fp_precision == "bf16"
+    return {"class_path": named[kind], "init_args": arguments}
 
 
 def _data(config: TrainerConfig) -> dict[str, Any]:
@@ -195,7 +205,10 @@ def _not_offered(config: TrainerConfig) -> list[str]:
         ),
         "output.save_safetensors": (not config.output.save_safetensors, "weights are written as safetensors only"),
         "environment.nan_detection": (not config.environment.nan_detection, "it cannot be switched off"),
-        "environment.optimizer_type": (config.environment.optimizer_type != "adamw", "not built yet: take adamw"),
+        "environment.optimizer_type": (
+            config.environment.optimizer_type != "adamw" and config.hyperparams.fp_precision == "fp16",
+            "keeps fp16 moments under fp16, in which squares of gradients are 0: take adamw, or fp_precision bf16",
+        ),
     }
     values = config.to_dict()
     return [f"{key}: {_at(values, key)!r}: {why}" for key, (is_asked, why) in asked.items() if is_asked]

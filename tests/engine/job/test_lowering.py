@@ -122,7 +122,7 @@ def test_the_system_prompt(config: TrainerConfig, profile: str, template: str | 
 
 def test_every_refusal_is_named_with_its_way_out(config: TrainerConfig) -> None:
     config.model.load_in_4bit = config.model.load_in_8bit = True
-    config.model.torch_dtype = "float16"
+    config.model.torch_dtype, config.hyperparams.fp_precision = "bfloat16", "fp16"
     config.hyperparams.max_length = 8192
     config.environment.optimizer_type = "muon"
     with pytest.raises(InputError) as caught:
@@ -132,11 +132,28 @@ def test_every_refusal_is_named_with_its_way_out(config: TrainerConfig) -> None:
         "(convert) and there model.quantization: {bits: 4} and model.lora",
         "model.load_in_4bit: True: a job has no adapters to train on it; set it to false, or write the job as YAML "
         "(convert) and there model.quantization: {bits: 4} and model.lora",
-        "environment.optimizer_type: 'muon': not built yet: take adamw",
-        "model.torch_dtype: 'float16' does not agree with hyperparams.fp_precision 'bf16', which alone decides: "
+        "environment.optimizer_type: 'muon': keeps fp16 moments under fp16, in which squares of gradients are 0: take "
+        "adamw, or fp_precision bf16",
+        "model.torch_dtype: 'bfloat16' does not agree with hyperparams.fp_precision 'fp16', which alone decides: "
         "set it to null",
         "hyperparams.max_length: 8192 is more than locked.max_context_length 4096",
     ]
+
+
+def test_optimizers_by_the_names_of_jobs(config: TrainerConfig) -> None:
+    found = {}
+    for name in ("adamw", "muon", "adamw_8bit"):
+        config.environment.optimizer_type = name  # type: ignore[assignment]
+        found[name] = lower(config)["model"]["optimizer"]
+    assert {name: given["class_path"] for name, given in found.items()} == {
+        "adamw": "CompensatedAdamW",
+        "muon": "CompensatedMuon",
+        "adamw_8bit": "torchao.optim.AdamW8bit",
+    }
+    assert found["adamw_8bit"]["init_args"] == {
+        "lr": 2e-4, "betas": [0.9, 0.95], "weight_decay": 0.0, "bf16_stochastic_round": True
+    }  # fmt: skip
+    assert found["muon"]["init_args"] == {"lr": 2e-4}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "torch.bfloat16", "bf16"])
