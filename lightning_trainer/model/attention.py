@@ -1,5 +1,8 @@
 """Attention for packed rows: each example attends within itself, and no (T, T) mask is ever made.
 
+On a GPU all examples go through one kernel for rows of unequal lengths (`varlen`); elsewhere, and where that kernel
+cannot serve, each example through torch's SDPA.
+
 Registered with transformers under `PACKED`. Only for packed training forwards: with its null mask a cached decode or a
 padded batch would go wrong, so `generation.quiet` and unpacked rows use sdpa.
 
@@ -9,12 +12,15 @@ Shapes: B = 1 row, H query heads, K key/value heads, T tokens of the row, D head
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
+
+from lightning_trainer.model import varlen
 
 PACKED = "lightning_trainer_packed"
 
@@ -29,6 +35,13 @@ CHANGES_SCORES = {
 """Arguments by which a model asks for what SDPA alone does not do."""
 
 
+def packed_arguments(example_lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
+    """What a model's forward hands on to `packed_attention`, made once for all of its layers."""
+    starts = torch.tensor([0, *accumulate(example_lengths)], dtype=torch.int32)
+    # Copied without waiting for the device, which a blocking copy would.
+    return {"example_lengths": tuple(example_lengths), "example_starts": starts.to(device, non_blocking=True)}
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -37,6 +50,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     example_lengths: Sequence[int] | None = None,
+    example_starts: Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -50,7 +64,8 @@ def packed_attention(
         key: (1, K, T, D).
         value: (1, K, T, D).
         attention_mask: None; the registered mask function makes none.
-        example_lengths: Tokens of each example, in order; they add up to T.
+        example_lengths: Tokens of each example, in order; they add up to T. On the host.
+        example_starts: (N + 1,) int32, where each example begins, and T. On the device.
         scaling: Of the scores; None is 1/sqrt(D).
         dropout: Of the attention weights.
         sliding_window: Each token sees at most this many tokens, itself included.
@@ -67,8 +82,25 @@ def packed_attention(
     if query.shape[0] != 1 or attention_mask is not None:
         raise ValueError("packed attention takes one row and no mask")
     _refuse_what_changes_scores(module, max(example_lengths), others)
+    kernel = varlen.kernel_for(query, value, dropout) if example_starts is not None else None
+    if kernel is not None and example_starts is not None:
+        window = sliding_window if sliding_window is not None and sliding_window < max(example_lengths) else None
+        packed = varlen.Rows(example_starts, max(example_lengths), scaling, window)
+        return kernel(query[0], key[0], value[0], packed)[None], None
+    return _one_by_one(query, key, value, list(example_lengths), scaling, dropout, sliding_window), None
+
+
+def _one_by_one(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: list[int],
+    scaling: float | None,
+    dropout: float,
+    sliding_window: int | None,
+) -> Tensor:
+    """(1, T, H, D): each example through SDPA."""
     gqa = query.shape[1] != key.shape[1]
-    lengths = list(example_lengths)
     out = [
         F.scaled_dot_product_attention(
             q,
@@ -82,7 +114,7 @@ def packed_attention(
         )
         for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     ]
-    return torch.cat(out, dim=2).transpose(1, 2), None
+    return torch.cat(out, dim=2).transpose(1, 2)
 
 
 def _refuse_what_changes_scores(module: nn.Module, longest: int, others: dict[str, Any]) -> None:

@@ -217,7 +217,7 @@ class CausalLMModule(lightning.LightningModule):
             "use_cache": False,
         }
         if self.causal_lm.config._attn_implementation == attention.PACKED:
-            inputs["example_lengths"] = batch.example_lengths
+            inputs |= attention.packed_arguments(batch.example_lengths, batch.input_ids.device)
         return inputs
 
     def nats(self, batch: Batch) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_trainer.model.attention import PACKED
+from lightning_trainer.model.attention import PACKED, packed_arguments
 from lightning_trainer.pretrained import embedding_rows
 from lightning_trainer.types import InputError
 
@@ -118,7 +118,7 @@ def packed_inputs(model: PreTrainedModel, examples: list[Tensor]) -> dict[str, A
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None].to(model.device),
         "attention_mask": None,
         "use_cache": False,
-        **({"example_lengths": lengths} if model.config._attn_implementation == PACKED else {}),
+        **(packed_arguments(lengths, model.device) if model.config._attn_implementation == PACKED else {}),
     }
 
 

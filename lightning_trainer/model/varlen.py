@@ -1,0 +1,121 @@
+"""Kernels that take rows of unequal lengths, laid end to end, in one launch: flash attention, of torch or flash-attn.
+
+They compute in 16 bits, on CUDA, with heads of up to 256 numbers, and add up gradients in no fixed order. Where one of
+these does not suit a run, None says so.
+
+Shapes: T tokens of all rows, H query heads, K key/value heads, D head dimension, N rows.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOST_HEAD_NUMBERS = 256
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How the tokens are laid out, and what they see of each other.
+
+    Attributes:
+        starts: (N + 1,) int32 on the device.
+        longest: Tokens of the longest row.
+        scaling: Of the scores; None is 1/sqrt(D).
+        window: Tokens that each token sees at most, itself included; None: all before it.
+    """
+
+    starts: Tensor
+    longest: int
+    scaling: float | None
+    window: int | None
+
+    @property
+    def left_right(self) -> tuple[int, int]:
+        """Tokens seen to the left and right of each, besides itself; -1 is all."""
+        return (-1 if self.window is None else self.window - 1, 0)
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Rows], Tensor]
+"""(H, T, D), (K, T, D), (K, T, D), how they are laid out -> (T, H, D). Causal within each row."""
+
+
+def kernel_for(query: Tensor, value: Tensor, dropout: float) -> Kernel | None:
+    """The kernel that can serve, or None.
+
+    Args:
+        query: (1, H, T, D).
+        value: (1, K, T, D).
+        dropout: Of the attention weights.
+    """
+    fits = query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] == value.shape[-1] <= MOST_HEAD_NUMBERS
+    if query.device.type != "cuda" or not fits or torch.are_deterministic_algorithms_enabled():
+        return None
+    if dropout:  # known to flash-attn alone, whose random numbers a checkpoint does not hold
+        return None
+    return _kernel()
+
+
+@cache
+def _kernel() -> Kernel | None:
+    """torch's own, where it has what is needed; else flash-attn's, where it is installed."""
+    if {"window_size", "scale"} <= _torchs_arguments():  # of its first versions it has not, and is not causal
+        return _torchs
+    return _flash_attns if importlib.util.find_spec("flash_attn") is not None else None
+
+
+@cache
+def _torchs_arguments() -> frozenset[str]:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def _torchs(query: Tensor, key: Tensor, value: Tensor, rows: Rows) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    grouped: dict[str, Any] = {}
+    if "enable_gqa" in _torchs_arguments():
+        grouped["enable_gqa"] = len(query) != len(key)
+    else:
+        key, value = (part.repeat_interleave(len(query) // len(part), dim=0) for part in (key, value))
+    out: Any = varlen_attn(
+        query.transpose(0, 1),
+        key.transpose(0, 1),
+        value.transpose(0, 1),
+        rows.starts,
+        rows.starts,
+        rows.longest,
+        rows.longest,
+        scale=rows.scaling,
+        window_size=rows.left_right,  # without it every token would see all of its row
+        **grouped,
+    )
+    return out  # type: ignore[no-any-return]
+
+
+def _flash_attns(query: Tensor, key: Tensor, value: Tensor, rows: Rows) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    out: Any = flash_attn_varlen_func(
+        query.transpose(0, 1),
+        key.transpose(0, 1),
+        value.transpose(0, 1),
+        rows.starts,
+        rows.starts,
+        rows.longest,
+        rows.longest,
+        softmax_scale=rows.scaling,
+        causal=True,
+        window_size=rows.left_right,
+    )
+    return out  # type: ignore[no-any-return]
