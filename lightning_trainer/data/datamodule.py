@@ -27,7 +27,7 @@ from lightning_trainer.data.split import (
     Split,
     SystemPromptMode,
     recipe_hashes,
-    validation_bound,
+    remembered_bound,
 )
 from lightning_trainer.data.store import TokenStore
 from lightning_trainer.data.tokenise import tokenise
@@ -123,9 +123,11 @@ class ChatDataModule(lightning.LightningDataModule):
         self.stores: dict[str, TokenStore] = {}
         self._splits: dict[str, Split] = {}
         self._bound: int | None = None
+        self._prepares = False
 
     def prepare_data(self) -> None:
-        """Tokenise what this command needs, once per machine."""
+        """Tokenise what this command needs, once per machine; nothing else writes into the cache."""
+        self._prepares = True
         for name in self.needed_splits():
             self._build(name, show_progress=True)
 
@@ -311,7 +313,8 @@ class ChatDataModule(lightning.LightningDataModule):
         files = sources(paths, f"data.{name}_path")
         if carved:
             if self._bound is None:
-                self._bound = validation_bound(files, self.data_seed, self.val_fraction, self.val_max_rows)
+                limits = (self.data_seed, self.val_fraction, self.val_max_rows)
+                self._bound = remembered_bound(self._cache(), files, *limits, keep=self._prepares)
             bound = self._bound
             share = Share(0, bound) if name == "val" else Share(bound, 2**64)
         return Split(name, files, share, self._recipe(), counts_unreadable)
@@ -351,11 +354,14 @@ class ChatDataModule(lightning.LightningDataModule):
 
     def store_folder(self, name: str) -> Path:
         """Where the tokens of a split are kept: a function of everything they depend on."""
+        return self._cache() / self.split(name).digest()
+
+    def _cache(self) -> Path:
         if self.cache_dir is not None:
-            return Path(self.cache_dir) / self.split(name).digest()
+            return Path(self.cache_dir)
         import datasets
 
-        return Path(datasets.config.HF_DATASETS_CACHE) / "lightning_trainer" / self.split(name).digest()
+        return Path(datasets.config.HF_DATASETS_CACHE) / "lightning_trainer"
 
     def _collator(self, name: str) -> Collator:
         return Collator(self.stores[name], self.packing, int(self._tokenizer().pad_token_id or 0))

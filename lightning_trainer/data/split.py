@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 import random
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -50,9 +53,30 @@ def place_of(identity: int, seed: int) -> int:
 def validation_bound(files: list[Source], seed: int, fraction: float, max_rows: int) -> int:
     """Rows whose place lies below this are the validation split: `fraction` of them, at most `max_rows`."""
     rows = (row for source in files for row in read(source) if isinstance(row, RawRow))
-    places = np.unique(np.array([place_of(row.identity, seed) for row in rows], dtype=np.uint64))
+    places = np.unique(np.fromiter((place_of(row.identity, seed) for row in rows), dtype=np.uint64))
     bound = int(fraction * 2**64)
     return min(bound, int(places[max_rows])) if len(places) > max_rows else bound
+
+
+def remembered_bound(folder: Path, files: list[Source], seed: int, fraction: float, max_rows: int, keep: bool) -> int:
+    """`validation_bound`, which reads every row, made once for these files.
+
+    Args:
+        folder: Where it is remembered.
+        keep: Whether it is written there, should it not be there yet.
+    """
+    key = [STORE_FORMAT, [source.digest() for source in files], seed, fraction, max_rows]
+    path = folder / f"bound-{_sha(json.dumps(key))[:40]}.json"
+    try:
+        return int(json.loads(path.read_text(encoding="ascii")))
+    except (FileNotFoundError, ValueError):
+        bound = validation_bound(files, seed, fraction, max_rows)
+    if keep:
+        folder.mkdir(parents=True, exist_ok=True)
+        tmp = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+        tmp.write_text(json.dumps(bound), encoding="ascii")
+        os.replace(tmp, path)
+    return bound
 
 
 @dataclass(frozen=True)

@@ -571,3 +571,23 @@ def test_texts_under_a_profile_that_wants_turns_are_bad_rows(make: Make, write_r
     module = set_up(make(path, val_fraction=0.0, profile=EmojiThink(), max_length=512, max_bad_fraction=0.5))
     [fault] = quarantine_of(module)
     assert (fault["line"], "has no turns for profile" in fault["reason"]) == (1, True)
+
+
+def test_a_second_start_reads_no_row(
+    make: Make, write_rows: Any, chat_rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which rows are held out is a function of all of them; it is remembered with the tokens."""
+    from lightning_trainer.data import split
+
+    path = write_rows(chat_rows(60))
+    first = set_up(make(path, val_fraction=0.2))
+    assert len(first.stores["val"]) > 0
+    second = make(path, val_fraction=0.2)
+
+    def no_reading(source: Any) -> Any:
+        raise AssertionError("a row was read")
+
+    monkeypatch.setattr(split, "read", no_reading)
+    set_up(second)
+    assert second.split("train").share == first.split("train").share
+    assert [len(store) for store in second.stores.values()] == [len(store) for store in first.stores.values()]
