@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from lightning_trainer.logits_rules import LARGEST_SCORE
 from lightning_trainer.types import PROMPTS_PER_BATCH, FinishReason, PreviewRequest, SamplingParams, seed_of_batch
 
 if TYPE_CHECKING:
@@ -131,7 +132,8 @@ class _FiniteGuard:
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         bad = ~torch.isfinite(scores).all(dim=-1)
         self.broken = self.broken.to(scores.device) | bad
-        return torch.where(bad[:, None], torch.zeros_like(scores), scores)
+        # Clamped, so that dividing by the temperature leaves it finite: on a GPU, drawing from NaN ends the process.
+        return torch.where(bad[:, None], torch.zeros_like(scores), scores.clamp(-LARGEST_SCORE, LARGEST_SCORE))
 
 
 class _Watcher:

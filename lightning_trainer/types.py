@@ -149,6 +149,8 @@ class SamplingParams:
             raise ValueError(f"top_p must lie in (0, 1], not {self.top_p}")
         if self.top_k < 0:
             raise ValueError(f"top_k must be 0 (off) or positive, not {self.top_k}")
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed must lie in [0, 2**63), not {self.seed}")
 
 
 PROMPTS_PER_BATCH = 16
@@ -173,6 +175,10 @@ class PreviewRequest:
 
 
 FinishReason = Literal["eos", "length", "non_finite", "error"]
+
+
+SKIPPED = "skipped: "
+"""How the error message of a preview begins that was not tried."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +208,11 @@ class PreviewResult:
     check: CheckResult | None = None
     prompt_id: str = ""
     seed: int = 0
+
+    @property
+    def was_skipped(self) -> bool:
+        """Whether it was not even tried, because nobody would have answered."""
+        return (self.error_message or "").startswith(SKIPPED)
 
 
 @dataclass

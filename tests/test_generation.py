@@ -14,7 +14,14 @@ import torch
 from lightning_trainer import generation, pretrained
 from lightning_trainer.generation import generate, quiet
 from lightning_trainer.model import attention
-from lightning_trainer.types import AfterSequence, ForbidTokens, PreviewRequest, SamplingParams, TokenPenalty
+from lightning_trainer.types import (
+    AfterSequence,
+    ForbidTokens,
+    PreviewRequest,
+    RepetitionPenalty,
+    SamplingParams,
+    TokenPenalty,
+)
 
 PROMPTS = ((5, 6, 7), (11, 12, 13, 14, 15, 16, 17, 18, 19), (301,), (9, 8, 7, 6, 5, 4))
 
@@ -303,3 +310,19 @@ def test_a_forbidden_token_is_not_taken_for_a_broken_model(model: Any) -> None:
     answers = generate(model, ask(rules=(ForbidTokens(tuple(range(100))),)), greedy(4))
     assert {a.finish_reason for a in answers} == {"length"}
     assert all(token >= 100 for a in answers for token in a.token_ids)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        TokenPenalty(tuple(range(64)), 1e308),
+        RepetitionPenalty(1e-300, 4),
+        AfterSequence(((5,),), base_penalty=1e300, growth=1e10, max_penalty=1e308, exempt_ids=(2,), exempt_bonus=1e308),
+    ],
+)
+@pytest.mark.parametrize("temperature", [1e-4, 0.5])
+def test_no_rule_makes_what_cannot_be_drawn_from(model: Any, rule: Any, temperature: float) -> None:
+    """On a GPU it would end the process."""
+    requests = [replace(request, rules=(rule,)) for request in ask()]
+    answers = generate(model, requests, SamplingParams(max_new_tokens=6, temperature=temperature))
+    assert {answer.finish_reason for answer in answers} == {"length"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,9 +18,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_trainer.preview import PreviewBackend, Prompter
-from lightning_trainer.types import InputError, PreviewRequest, PreviewResult
+from lightning_trainer.types import InputError, PreviewRequest, PreviewResult, SamplingParams
 
 DEFAULT_NAME = "preview"
+
+DURATIONS = ("push_seconds", "push_mb", "generate_seconds")
+"""Figures of a backend that are of one preview."""
 
 
 class PreviewCallback(Callback):
@@ -50,13 +54,20 @@ class PreviewCallback(Callback):
         backend: PreviewBackend | None = None,
         name: str = DEFAULT_NAME,
     ) -> None:
-        for key, value in (("every_n_steps", every_n_steps), ("num_prompts", num_prompts)):
+        asked = num_prompts if prompts is None else len(prompts)
+        for key, value in (("every_n_steps", every_n_steps), ("num_prompts, or the number of prompts,", asked)):
             if value < 1:
                 raise InputError(f"PreviewCallback.{key} must be at least 1, not {value}")
+        try:
+            SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        except ValueError as error:
+            raise InputError(f"PreviewCallback.{error}") from error
         self.every_n_steps, self.prompts, self.num_prompts = every_n_steps, prompts, num_prompts
         self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
-        if not name or "/" in name or name != name.strip():
-            raise InputError(f"PreviewCallback.name must be a word, not {name!r}")
+        if not re.fullmatch(r"[\w.-]{1,64}", name):
+            raise InputError(
+                f"PreviewCallback.name must be one word of letters, digits, '_', '.' and '-', not {name!r}"
+            )
         self.backend, self.name = backend, name
         self.origin = "yaml"
         self.pass_rate: float | None = None
@@ -64,7 +75,7 @@ class PreviewCallback(Callback):
         self._requests: list[PreviewRequest] = []
         self._prompt_ids: set[str] = set()
         self._last_step = -1
-        self._broken = self._unsettled = False
+        self._broken = self._unsettled = self._unwritable = False
         self._failures = 0
         self._stall = 0.0
 
@@ -238,11 +249,14 @@ class PreviewCallback(Callback):
 
     def _show(self, trainer: Trainer, step: int, results: Sequence[PreviewResult]) -> None:
         """Log the answers to one request at the step it was made."""
-        self._failures += sum(not result.success for result in results)
+        answered = [result for result in results if result.success and result.weights_step is not None]
+        self._failures += any(not result.success and not result.was_skipped for result in results)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._write_lines(self._path(trainer), results)
-        metrics = {**self._bound().metrics(), "stall_ms": 1000 * self._stall, "failures": float(self._failures)}
-        answered = [result for result in results if result.success and result.weights_step is not None]
+        figures = self._bound().metrics()
+        if not answered:  # then its durations are an older preview's
+            figures = {name: value for name, value in figures.items() if name not in DURATIONS}
+        metrics = {**figures, "stall_ms": 1000 * self._stall, "failures": float(self._failures)}
         if answered:
             weights_step = float(answered[0].weights_step or 0)
             metrics["latency_seconds"] = max(result.generation_time_sec for result in answered)
@@ -256,6 +270,8 @@ class PreviewCallback(Callback):
             if isinstance(logger, TensorBoardLogger):
                 for number, result in enumerate(results):
                     logger.experiment.add_text(f"{self.name}/{number}", as_markdown(result, self.origin), step)
+        if all(result.was_skipped for result in results):
+            return  # why, was said once, when it began
         who = "" if self.name == DEFAULT_NAME else f" ({self.name})"
         trainer.print(f"step {step}{who}: {self._told(answered, results)}")
 
@@ -275,8 +291,26 @@ class PreviewCallback(Callback):
             digest = hashlib.sha256(f"{result.prompt}\0{result.text}".encode("utf-8", "surrogatepass")).hexdigest()
             record = {**dataclasses.asdict(result), "origin": self.origin, "content_sha256": digest}
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-        with path.open("a", encoding="utf-8") as file:
-            file.write("".join(lines))
+        try:
+            _append(path, "".join(lines).encode("utf-8", "surrogatepass"))
+        except OSError as error:
+            if not self._unwritable:
+                rank_zero_warn(f"{path} cannot be written: {error.strerror}; previews go on without it until it can")
+            self._unwritable = True
+        else:
+            self._unwritable = False
+
+
+def _append(path: Path, data: bytes) -> None:
+    """Add whole lines, or none."""
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def _set_aside_after(path: Path, step: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
+from typing import Any
 
 from lightning_trainer.callbacks import PreviewCallback, callbacks_of
 from lightning_trainer.diagnose.check import Finding, examine
@@ -47,7 +48,8 @@ def _previews(cli: TrainerCLI) -> tuple[str, list[Finding]]:
     findings: list[Finding] = []
     load_base = None if cli.model.lora is None else lambda: base_model(cli.model, run_dtype(cli.trainer))
     for backend in dict.fromkeys(backends):
-        model = empty_model(cli.model, run_dtype(cli.trainer), cli.datamodule.packing)
+        model: Any = empty_model(cli.model, run_dtype(cli.trainer), cli.datamodule.packing)
+        model.is_quantized = cli.model.quantization is not None  # which the empty one is not
         answer, fault = backend.examine(model, load_base)
         answers += [answer] if answer else []
         findings += [Finding("warning", "preview_backend", fault)] if fault else []

@@ -22,6 +22,7 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 def run(command: str, words: list[str]) -> int:
     """Serve until SIGTERM or SIGINT; then the exit status is 0. It is 1 where the device fails."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its own log is for its developers; we say what matters
     given = _parser(command).parse_args(words)
     address = parse_address(given.listen, key="listen")
     if (given.tls_cert is None) != (given.tls_key is None):

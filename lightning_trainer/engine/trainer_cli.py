@@ -40,7 +40,7 @@ from lightning_trainer.model import CausalLMModule
 from lightning_trainer.precision import SingleDtypePrecision
 from lightning_trainer.precision.single_dtype import DTYPES, DtypeError, refusal
 from lightning_trainer.pretrained import check_tokenizer_fits, load_config
-from lightning_trainer.preview import LocalPreviewBackend, PreviewBackend
+from lightning_trainer.preview import GrpcPreviewBackend, LocalPreviewBackend, PreviewBackend
 from lightning_trainer.types import InputError
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -278,10 +278,22 @@ class TrainerCLI(LightningCLI):
             )
         backend = self._get(self.config_init, "preview_backend")
         for callback in callbacks:
+            self._refuse_same_worker(getattr(callback, "backend", None), backend)
             if getattr(callback, "backend", backend) is None:
                 callback.backend = backend  # type: ignore[attr-defined]
             if isinstance(own := getattr(callback, "backend", None), PreviewBackend):
                 own.run_id = self._run_id
+
+    @staticmethod
+    def _refuse_same_worker(own: Any, shared: Any) -> None:
+        """One run is one to a worker: two backends would take its weights from each other."""
+        both = isinstance(own, GrpcPreviewBackend) and isinstance(shared, GrpcPreviewBackend)
+        if both and own is not shared and own.address == shared.address:
+            raise InputError(
+                f"a callback's own `backend` and the run's preview_backend are one worker, {own.address}: leave the "
+                "callback's out, then they share it",
+                key="trainer.callbacks",
+            )
 
     def after_instantiate_classes(self) -> None:
         """Give the data module what belongs to the run; refuse to go on with other data, before it is tokenised."""

@@ -96,7 +96,10 @@ class PreviewBackend(ABC):
 
     @abstractmethod
     def submit(self, requests: Sequence[PreviewRequest], sampling: SamplingParams, step: int) -> None:
-        """Ask for answers by the weights of optimizer step `step`, which are those the model holds now."""
+        """Ask for answers by the weights of optimizer step `step`, which are those the model holds now.
+
+        Until `settle` is called, the weights must stay as they are.
+        """
 
     @abstractmethod
     def collect(self, timeout: float = 0.0) -> list[PreviewResult]:
@@ -161,6 +164,7 @@ class PreviewBackend(ABC):
         request = self.prompter.request({"prompt": prompt}, prompt_id=name, golden=golden_answer, step=step)
         params = self.prompter.sampling(max_new_tokens=max_new_tokens, temperature=temperature, **sampling)
         self.submit([request], params, step)
+        self.settle()  # nobody else knows that a copy may be under way
         while done := self.collect(timeout=float("inf")):
             if own := self.claim(done, {name}):
                 return own[0]

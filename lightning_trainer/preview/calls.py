@@ -45,6 +45,11 @@ class CallFailed(Exception):
         return cls(Failure("OUT_OF_RANGE", "", text, permanent=False))
 
     @classmethod
+    def taken(cls, text: str) -> CallFailed:
+        """The worker is another run's, for now."""
+        return cls(Failure("FAILED_PRECONDITION", "LEASE_HELD", text, permanent=False))
+
+    @classmethod
     def never(cls, text: str, reason: str = "") -> CallFailed:
         """Asking again would not help."""
         return cls(Failure("FAILED_PRECONDITION", reason, text, permanent=True))

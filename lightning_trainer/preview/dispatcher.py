@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from lightning_trainer.preview.asker import Answers, ask
 from lightning_trainer.preview.batches import Part, parts_of
-from lightning_trainer.preview.breaker import Breaker
+from lightning_trainer.preview.breaker import FIRST, Breaker
 from lightning_trainer.preview.calls import CallFailed, as_call_failed, connect
 from lightning_trainer.preview.dialogue import Lines, Setup, to_bytes
 from lightning_trainer.preview.pusher import Pusher
@@ -86,6 +86,7 @@ class Dispatcher:
         self._breaker = Breaker()
         self._state = ""
         self._described: pb.DescribeResponse | None = None
+        self._renews = False
         self.jobs: queue.Queue[dict[str, Any]] = queue.Queue()
         try:
             self._worker = connect(setup)
@@ -104,6 +105,7 @@ class Dispatcher:
 
     def quit(self) -> NoReturn:
         """End at once; the worker is free for another run, and what it holds half of is given up."""
+        self._pusher.ends = True
         if self._breaker.state == "closed":
             with contextlib.suppress(CallFailed):  # its lease ends by itself, only later
                 self._pusher.release()
@@ -113,27 +115,33 @@ class Dispatcher:
         self._probe(self._setup.deadlines.preflight)
         while True:
             try:
-                pause = self._breaker.wait() if self._breaker.state == "open" else self._setup.deadlines.idle
-                job = self.jobs.get(timeout=pause)
+                job = self.jobs.get(timeout=self._pause())
             except queue.Empty:
                 self._look_after()
             else:
                 self._do(job)
 
+    def _pause(self) -> float:
+        """Seconds without a job until the worker is looked after."""
+        if self._breaker.state == "open":
+            return self._breaker.wait() or 0.0
+        return FIRST if self._state == "lost" else self._setup.deadlines.idle
+
     def _look_after(self) -> None:
         """There is nothing to do: see whether the worker is back, or keep it for this run."""
-        if self._breaker.state == "open":
+        if self._breaker.state == "open" or self._state == "lost":
             self._probe(self._setup.deadlines.describe)
-        elif self._breaker.state == "closed" and self._described and self._described.wire_minor >= RENEWS:
+        elif self._breaker.state == "closed" and self._renews:
             try:
                 self._pusher.renew()
             except CallFailed as error:
                 self._failed(error)
 
     def _probe(self, deadline: float) -> None:
-        """Ask the worker who it is, if only to see whether it answers."""
+        """Ask the worker who it is and whose, if only to see whether it answers."""
         try:
             self._describe(deadline)
+            self._refuse_taken(deadline)
         except CallFailed as error:
             self._failed(error)
         else:
@@ -150,8 +158,19 @@ class Dispatcher:
             raise CallFailed.never(f"the worker's model is another than the one in training: {fields} differ", fields)
         if self._setup.kind not in found.update_kinds or pb.ENCODING_RAW not in found.encodings:
             raise CallFailed.never("the worker does not take updates of this kind: it is older than the trainer")
-        self._described = found
+        if self._setup.kind == pb.UPDATE_KIND_ADAPTER and not found.identity.frozen_base_sha256:
+            raise CallFailed.never("the worker's directory has no weights, on which adapters could lie")
+        self._described, self._renews = found, found.wire_minor >= RENEWS
         return found
+
+    def _refuse_taken(self, deadline: float) -> None:
+        with as_call_failed():
+            status = self._worker.preview.GetStatus(
+                pb.GetStatusRequest(), timeout=deadline, metadata=self._worker.metadata
+            )
+        if status.lease_run_id not in ("", self._setup.run_id):
+            left = status.lease_remaining_millis / 1000
+            raise CallFailed.taken(f"another run holds the worker for {left:.0f} s unless it goes on")
 
     def _do(self, job: dict[str, Any]) -> None:
         if self._breaker.state != "closed":
@@ -159,10 +178,8 @@ class Dispatcher:
             return
         pushed: dict[str, float] = {}
         try:
-            known = self._described or self._describe(self._setup.deadlines.describe)
             request = pb.GenerateRequest.FromString(to_bytes(job["request"]))
-            _check_rules(request, known)
-            parts, refused = parts_of(request, known.limits)
+            known, parts, refused = self._parts(request)
             done = self._pusher.push(self._slots[job["slot"]], job["step"], job["job"])
             pushed = {"push_seconds": done.seconds, "push_bytes": done.sent}
             self._lines.send({"type": "free", "job": job["job"], **pushed})
@@ -177,6 +194,19 @@ class Dispatcher:
         self._succeeded()
         fields = _together(len(request.prompts), parts, answers, refused)
         self._answer(job, status="ok", step=done.ref.global_step, **fields, **pushed)
+
+    def _parts(self, request: pb.GenerateRequest) -> tuple[pb.DescribeResponse, list[Part], dict[int, str]]:
+        """Split the request by the worker's limits; a worker that would not take it all is asked for them anew."""
+        known = self._described
+        if known is not None:
+            with contextlib.suppress(CallFailed):
+                _check_rules(request, known)
+                parts, refused = parts_of(request, known.limits)
+                if not refused:
+                    return known, parts, refused
+        known = self._describe(self._setup.deadlines.describe)
+        _check_rules(request, known)
+        return known, *parts_of(request, known.limits)
 
     def _which_fields(self, error: CallFailed) -> CallFailed:
         """Of a model that turns out to be another, restarted on the same port, say."""
@@ -204,8 +234,10 @@ class Dispatcher:
             self._described = None  # whoever answers next may be another
             self._breaker.failed()
             self._tell("paused" if self._breaker.state == "open" else "lost", _one_line(error), [])
-        else:  # it answers, but not with what was asked for: another run holds it, say
+        elif error.failure.reason == "LEASE_HELD":
             self._tell("lost", _one_line(error), [])
+        else:  # it answers, but not with what was asked for
+            self._succeeded()
 
     def _tell(self, state: str, why: str, fields: list[str]) -> None:
         if state != self._state:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lightning_trainer.preview.snapshot import Slot
 from lightning_trainer.types import PreviewRequest, SamplingParams
@@ -27,6 +27,11 @@ class Job:
     slot: int
     requests: tuple[PreviewRequest, ...]
     sampling: SamplingParams
+
+    @property
+    def asker(self) -> str:
+        """Tells apart those who ask through one backend: the name of its first prompt."""
+        return self.requests[0].prompt_id
 
 
 @dataclass
@@ -52,6 +57,10 @@ class Counters:
         """Not decided yet."""
         return self.triggered - self.ok - self.failed - self.dropped - self.skipped
 
+    def count(self, status: Literal["ok", "failed", "dropped", "skipped"]) -> None:
+        """One more is decided."""
+        setattr(self, status, getattr(self, status) + 1)
+
     def as_dict(self) -> dict[str, int]:
         """With `pending`."""
         return {**asdict(self), "pending": self.pending}
@@ -66,7 +75,7 @@ class Mailbox:
         slots: For snapshots.
 
     Attributes:
-        waiting: Not yet handed over, in the order they came; all of one snapshot, the newest.
+        waiting: Not yet handed over, in the order of their turns; all of one snapshot, the newest.
         flying: Handed over, not yet answered.
     """
 
@@ -76,6 +85,7 @@ class Mailbox:
         self.flying: Job | None = None
         self._being_read = False
         self._fresh: tuple[int, int] | None = None
+        self._gave_way: list[str] = []
 
     @property
     def is_idle(self) -> bool:
@@ -100,14 +110,23 @@ class Mailbox:
             Jobs that waited, and give way.
         """
         replaced, self.waiting = self.waiting, []  # now: should the copy fail, the slot holds two steps
+        self._gave_way += [job.asker for job in replaced if job.asker not in self._gave_way]
         self._fresh = None
         self.slots[slot].fill(tensors)
         self._fresh = (step, slot)
         return replaced
 
     def put(self, job: Job) -> None:
-        """Have `job` wait for its turn; its weights lie in its slot."""
+        """Have `job` wait for its turn; its weights lie in its slot.
+
+        Whoever gave way before comes before those who did not: else of two that ask at the same steps a slow worker
+        would answer one alone, for ever.
+        """
         self.waiting.append(job)
+        self.waiting.sort(key=self._turn)
+
+    def _turn(self, job: Job) -> int:
+        return self._gave_way.index(job.asker) if job.asker in self._gave_way else len(self._gave_way)
 
     def next(self, wait: bool) -> Job | None:
         """The first waiting job, to be handed over now; None where there is none, or its turn has not come.
@@ -123,6 +142,8 @@ class Mailbox:
         if not slot.settled():
             return None
         self.flying, self._being_read = self.waiting.pop(0), True
+        if self.flying.asker in self._gave_way:
+            self._gave_way.remove(self.flying.asker)
         return self.flying
 
     def sent(self) -> None:

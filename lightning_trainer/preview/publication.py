@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lightning_trainer.adapters import Adapter, adapted_layers
+from lightning_trainer.preview.snapshot import KEY
 from lightning_trainer.rpc import preview_pb2 as pb
 from lightning_trainer.rpc.errors import Refusal
 from lightning_trainer.rpc.layout import Entry, base_digest, identity_of, layout_of, model_tensors
@@ -15,8 +16,6 @@ from lightning_trainer.types import InputError
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
-
-KEY = "preview_backend"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 
 from lightning_trainer.preview.calls import CallFailed, Worker, as_call_failed
 from lightning_trainer.preview.dialogue import Setup
@@ -57,12 +58,14 @@ class Pusher:
     Attributes:
         lease: Fencing token of the worker's lease, once it has been taken; None: it is another's.
         instance: Of the worker that last took an update.
+        ends: Set when the run ends: nothing is begun any more.
     """
 
     def __init__(self, worker: Worker, setup: Setup) -> None:
         self._worker, self._setup = worker, setup
         self._best_rate = 4.0 * SLOWEST
         self.lease: int | None = None
+        self.ends = False
         self.instance = ""
 
     def push(self, view: memoryview, step: int, sequence: int) -> Pushed:
@@ -75,16 +78,16 @@ class Pusher:
         """
         started = time.monotonic()
         update = _Update(self._begin_request(view, step, sequence), view, moved=started)
-        for attempt in range(1 << 30):
+        for pause in chain(PAUSES, repeat(PAUSES[-1])):
             try:
                 self._once(update)
-                return Pushed(update.begin.target, time.monotonic() - started, update.sent)
+                break
             except CallFailed as error:
                 late = time.monotonic() - update.moved > self._setup.deadlines.resume
                 if not (error.transient and update.begun) or late:
                     raise
-            time.sleep(PAUSES[min(attempt, len(PAUSES) - 1)])
-        raise AssertionError("not reached")
+            time.sleep(pause)
+        return Pushed(update.begin.target, time.monotonic() - started, update.sent)
 
     def _begin_request(self, view: memoryview, step: int, sequence: int) -> pb.BeginRequest:
         setup, digests, start = self._setup, [], 0
@@ -105,6 +108,8 @@ class Pusher:
 
     def _once(self, update: _Update) -> None:
         deadlines, update_id = self._setup.deadlines, update.begin.update_id
+        if self.ends:
+            raise CallFailed.never("the run has ended")
         with as_call_failed():
             plan = self._worker.weights.Begin(update.begin, timeout=deadlines.begin, metadata=self._worker.metadata)
         update.begun, self.instance, self.lease = True, plan.worker_instance_id, plan.fencing_token

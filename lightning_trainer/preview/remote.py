@@ -7,12 +7,12 @@ import importlib.util
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
+from lightning_trainer.preview import preflight
 from lightning_trainer.preview.base import PreviewBackend, failed
 from lightning_trainer.preview.companion import Companion
 from lightning_trainer.preview.dialogue import Deadlines, Setup
@@ -20,22 +20,15 @@ from lightning_trainer.preview.exchange import Exchange, Outcome
 from lightning_trainer.preview.local import LocalPreviewBackend
 from lightning_trainer.preview.mailbox import Counters
 from lightning_trainer.preview.prompter import Prompter
-from lightning_trainer.preview.publication import KEY, Publication, publication_of
-from lightning_trainer.preview.snapshot import Slot, available_bytes, check_room
-from lightning_trainer.rpc import preview_pb2 as pb
-from lightning_trainer.rpc.layout import base_digest
+from lightning_trainer.preview.publication import Publication, publication_of
+from lightning_trainer.preview.snapshot import KEY, Slot, available_bytes, check_room
 from lightning_trainer.rpc.security import check_exposure, parse_address, read_file, read_token
-from lightning_trainer.types import InputError, PreviewRequest, PreviewResult, SamplingParams
+from lightning_trainer.types import SKIPPED, InputError, PreviewRequest, PreviewResult, SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lightning_trainer.adapters import Adapter
-
-PREFLIGHT_SECONDS = 2.9
-"""Most that the start of training waits for the worker's first answer."""
-
-NO_ANSWER = f"no answer within {PREFLIGHT_SECONDS:g} s"
 
 
 class GrpcPreviewBackend(PreviewBackend):
@@ -94,6 +87,7 @@ class GrpcPreviewBackend(PreviewBackend):
         self._sequence = time.time_ns() // 1_000_000
         self._exchange: Exchange | None = None
         self._end_by: float | None = None
+        self._said_drops = False
         self._owner = os.getpid()
 
     def bind(self, prompter: Prompter, model: PreTrainedModel, adapter: Adapter | None = None) -> None:
@@ -138,10 +132,8 @@ class GrpcPreviewBackend(PreviewBackend):
         )
 
     def _hear_out(self, companion: Companion) -> None:
-        if self._answered(companion):
-            return
-        why = companion.why or NO_ANSWER
-        if self.preflight == "require":
+        why = preflight.why_not(companion, is_required=self.preflight == "require")
+        if why and self.preflight == "require":
             self.close()
             raise InputError(f"the preview worker at {self.address} cannot be used: {why}", key=f"{KEY}.address")
         if not companion.state:
@@ -150,34 +142,11 @@ class GrpcPreviewBackend(PreviewBackend):
     def examine(
         self, model: PreTrainedModel, load_base: Callable[[], PreTrainedModel] | None = None
     ) -> tuple[str, str]:
-        """Ask the worker what it holds; nothing is sent.
-
-        Weights are loaded, and compared, once it answers and holds a model of the same shape.
-        """
-        publication = publication_of(model, None)
-        why = self._why_not(publication)
-        if not why and load_base is not None:
-            publication.identity.frozen_base_sha256 = base_digest(load_base())
-            why = self._why_not(replace(publication, kind=pb.UPDATE_KIND_ADAPTER))
+        """Ask the worker what it holds; nothing is sent."""
+        why = preflight.examine(publication_of(model, None), lambda found: self._setup_of(found, []), load_base)
         if why:
             return "", f"the worker at {self.address} cannot be used: {why}"
         return f"the worker at {self.address} answers and holds the same model", ""
-
-    def _why_not(self, publication: Publication) -> str:
-        """What the worker at the address says against it, or empty."""
-        companion = Companion(self._setup_of(publication, []))
-        try:
-            return "" if self._answered(companion) else companion.why or NO_ANSWER
-        finally:
-            companion.stop()
-
-    @staticmethod
-    def _answered(companion: Companion) -> bool:
-        """Whether a worker that can be used answers, in time for the start of training."""
-        end = time.monotonic() + PREFLIGHT_SECONDS
-        while not companion.state and (left := end - time.monotonic()) > 0:
-            companion.receive(left)
-        return companion.state == "connected"
 
     def submit(self, requests: Sequence[PreviewRequest], sampling: SamplingParams, step: int) -> None:
         """Copy the weights and ask for answers by them; returns at once.
@@ -188,15 +157,27 @@ class GrpcPreviewBackend(PreviewBackend):
             step: Optimizer steps completed.
         """
         exchange = self._bound
+        if not requests:
+            return
         self._counters.triggered += 1
         self._take(exchange.take_in())
-        if exchange.companion.is_usable:
+        companion = exchange.companion
+        if self.on_unavailable == "local" and companion.state in ("lost", "paused", "off"):
+            self._answer_here(requests, sampling, step)
+        elif not companion.is_usable:
+            self._skip(requests, sampling, companion.why)
+        else:
             self._sequence += 1
             self._take(exchange.put(self._sequence, requests, sampling, step))
-        elif self.on_unavailable == "local":
-            self._answer_here(requests, sampling, step)
-        else:
-            self._skip(requests, sampling, exchange.companion.why)
+            self._say_drops()
+
+    def _say_drops(self) -> None:
+        if self._counters.dropped and not self._said_drops:
+            self._said_drops = True
+            self._told.append(
+                f"preview worker {self.address}: previews are asked for faster than it answers; some give way to newer "
+                "ones, as preview/dropped counts"
+            )
 
     def _skip(self, requests: Sequence[PreviewRequest], sampling: SamplingParams, why: str) -> None:
         self._take([Outcome("skipped", tuple(requests), sampling, why)])
@@ -262,12 +243,11 @@ class GrpcPreviewBackend(PreviewBackend):
     def _take(self, outcomes: Sequence[Outcome]) -> None:
         """Count, and make results of what is to be shown; what gave way to a newer one is only counted."""
         for found in outcomes:
-            name = found.status
-            setattr(self._counters, name, getattr(self._counters, name) + 1)
+            self._counters.count(found.status)
             if found.status == "ok":
                 self._done += self._results(found)
             elif found.status != "dropped":
-                why = f"skipped: {found.why}" if found.status == "skipped" else found.why
+                why = f"{SKIPPED}{found.why}" if found.status == "skipped" else found.why
                 self._done += [failed(request, self.backend_type, why) for request in found.requests]
 
     def _results(self, found: Outcome) -> list[PreviewResult]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,35 @@ SPARE_BYTES = 256 << 20
 """Left to everything else."""
 
 
-def available_bytes() -> int:
-    """What the kernel thinks can be had without swapping."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+def available_bytes(root: Path = Path("/")) -> int:
+    """What can be had without swapping, of the machine and of the control group (a container's limit).
+
+    Args:
+        root: Where `proc` and `sys` lie.
+    """
+    lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
+    free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    return min([free, *_left_in_groups(root)])
+
+
+def _left_in_groups(root: Path) -> Iterator[int]:
+    """Bytes left in each control group that this process is in and that has a limit; file caches count as free."""
+    try:
+        named = (root / "proc/self/cgroup").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return
+    inner = next((line.removeprefix("0::/") for line in named if line.startswith("0::")), "")
+    top = root / "sys/fs/cgroup"
+    for group in [top / inner, *(top / inner).parents]:
+        try:
+            most, used = ((group / f"memory.{name}").read_text(encoding="ascii") for name in ("max", "current"))
+            cached = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+            if most.strip() != "max":
+                yield max(0, int(most) - int(used) + int(cached.get("inactive_file", 0)))
+        except OSError:
+            pass  # the root group has no limit, and a container may not see all of them
+        if group == top:
+            return
 
 
 def check_room(needed: int, available: Callable[[], int] = available_bytes) -> None:
@@ -65,11 +91,17 @@ class Slot:
         self._layout = tuple(layout)
         self.nbytes = sum(entry.nbytes for entry in self._layout)
         self.fd = os.memfd_create("preview-weights", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, self.nbytes)
-        # Populated now: a page that is first touched within a training step would make that step wait.
-        self._memory = mmap.mmap(self.fd, self.nbytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
-        self._bytes: Tensor | None = torch.frombuffer(self._memory, dtype=torch.uint8)
-        self._copies = _DeviceCopies(self._bytes, device) if device.type == "cuda" else None
+        self._bytes: Tensor | None = None
+        self._copies: _DeviceCopies | None = None
+        try:
+            os.ftruncate(self.fd, self.nbytes)
+            # Populated now: a page that is first touched within a training step would make that step wait.
+            self._memory = mmap.mmap(self.fd, self.nbytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+            self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
+            self._copies = _DeviceCopies(self._bytes, device) if device.type == "cuda" else None
+        except BaseException:
+            os.close(self.fd)
+            raise
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy the tensors to their places; from a GPU, begin to.
@@ -94,7 +126,7 @@ class Slot:
                 raise ValueError(f"{entry.name} is {tuple(tensor.shape)} {tensor.dtype}, was {entry.shape}")
             # As bytes: the layout packs tensors of 2 and 4 bytes a value without gaps.
             values = tensor.contiguous().view(-1).view(torch.uint8)
-            self._bytes[start : start + entry.nbytes].copy_(values, non_blocking=True)
+            self._bytes[start : start + entry.nbytes].copy_(values, non_blocking=self._copies is not None)
             start += entry.nbytes
 
     def settled(self) -> bool:
@@ -133,6 +165,13 @@ class _DeviceCopies:
         runtime: Any = torch.cuda.cudart()
         # Refused where the limit on locked memory is low: copies are right without, but make the host wait.
         self._pinned = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0
+        if not self._pinned:
+            self._forget_error()
+
+    def _forget_error(self) -> None:
+        """CUDA keeps the error of a call that failed, and torch would raise it at the next kernel, within training."""
+        with suppress(RuntimeError):
+            torch.zeros(1, device=self._device)
 
     def begin(self, copy: Callable[[], None]) -> None:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -152,4 +191,5 @@ class _DeviceCopies:
     def close(self) -> None:
         if self._pinned:
             runtime: Any = torch.cuda.cudart()
-            runtime.cudaHostUnregister(self._memory.data_ptr())
+            if int(runtime.cudaHostUnregister(self._memory.data_ptr())) != 0:
+                self._forget_error()

@@ -59,7 +59,8 @@ _PASSING = (
 )
 """Reasons of FAILED_PRECONDITION that may pass: the weights are pushed again, another trainer ends."""
 
-_TLS = {
+_HINTS = {
+    "connection refused": "nobody listens there: is `lightning-trainer serve` running?",
     "hostname verification": "the worker's certificate is not for this host name: make one with tools/make_certs HOST",
     "certificate_verify_failed": "the worker's certificate is not of the CA in `ca`, or not valid at this time",
     "certificate has expired": "the worker's certificate has expired",
@@ -122,7 +123,7 @@ def failure_of(error: grpc.RpcError) -> Failure:
     reason = _reason(call)
     permanent = reason not in _PASSING if code == "FAILED_PRECONDITION" else code in PERMANENT
     if code == "UNAVAILABLE":
-        hint = next((hint for mark, hint in _TLS.items() if mark in text.lower()), "")
+        hint = next((hint for mark, hint in _HINTS.items() if mark in text.lower()), "")
         text = f"{hint} ({text})" if hint else text
     name = pb.ErrorDetail.Reason.Name(reason) if reason else ""
     return Failure(code, name.removeprefix("REASON_"), text, permanent)

@@ -86,7 +86,8 @@ def check_exposure(address: Address, tls: bool, token: bool, insecure_lan: bool,
     if missing:
         raise InputError(
             f"{address.target} can be reached from other machines and has not {' and '.join(missing)}: make both with "
-            "tools/make_certs, stay on 127.0.0.1 behind `ssh -L`, or say --insecure-lan",
+            "tools/make_certs, stay on 127.0.0.1 behind `ssh -L`, or say so: --insecure-lan of `serve`, `insecure_lan: "
+            "true` of the backend",
             key=key,
         )
 

@@ -53,6 +53,12 @@ class Compute:
             del future, job, item
 
 
+def note_exception(ended: asyncio.Future[Any]) -> None:
+    """Look at how something ended, which asyncio complains of where nobody waits for it any more."""
+    if not ended.cancelled():
+        ended.exception()
+
+
 class Turns:
     """One at a time, in the order of their coming; an urgent one goes before those who wait.
 

@@ -156,9 +156,10 @@ class TransformersEngine:
             refusal = Refusal(Reason.REASON_INVALID_ARGUMENT, str(error), ["adapter"])
         except torch.OutOfMemoryError:
             refusal = Refusal(Reason.REASON_OUT_OF_MEMORY, "no room for these adapters", ["adapter"])
-        if refusal is not None or self._adapter is None:
+        if self._adapter is None:
             self._reload()  # here: the error's traceback holds the model no more
-            raise refusal or RuntimeError("no adapters")
+            assert refusal is not None
+            raise refusal
         self._tensors = dict(sorted(self._adapter.tensors().items()))
         self._is_built = True
 

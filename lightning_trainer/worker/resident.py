@@ -77,13 +77,13 @@ class Resident:
         want = selector.WhichOneof("want")
         if want is None or (want == "any_resident" and not selector.any_resident):
             raise Refusal(Reason.REASON_INVALID_ARGUMENT, "weights: none are asked for", ["weights"])
-        if want == "exact":
-            self.lease.renew(selector.exact.run_id)
         if self.state == State.STATE_POISONED:
             raise Refusal(Reason.REASON_POISONED, "an update broke off half-way; push all weights again")
         self.refuse_when_draining()
         if not self.engine.has_weights or (want == "exact" and selector.exact != self.ref):
             raise Refusal(Reason.REASON_WEIGHTS_NOT_RESIDENT, "the worker does not hold these weights", ["weights"])
+        if want == "exact":
+            self.lease.renew(selector.exact.run_id)
         chosen = pb.WeightsRef()
         if self.ref is not None:
             chosen.CopyFrom(self.ref)

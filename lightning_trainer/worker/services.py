@@ -21,6 +21,7 @@ from lightning_trainer.rpc.preview_pb2_grpc import PreviewServicer
 from lightning_trainer.types import PreviewRequest, SamplingParams
 from lightning_trainer.worker.answering import Answering, Stopped
 from lightning_trainer.worker.boundary import answered
+from lightning_trainer.worker.compute import note_exception
 from lightning_trainer.worker.host import Host
 from lightning_trainer.worker.resident import KINDS
 
@@ -146,7 +147,7 @@ class Conversation:
     async def _follow(self, answering: Answering, future: Future[list[Generation]]) -> list[Generation]:
         done = asyncio.wrap_future(future)
         done.add_done_callback(lambda _: answering.news.set())
-        done.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # seen, should nobody wait by then
+        done.add_done_callback(note_exception)
         while not done.done():
             self._host.resident.lease.renew(self._request.weights.exact.run_id)
             try:

@@ -15,11 +15,16 @@ from lightning_trainer.rpc import preview_pb2 as pb
 from lightning_trainer.rpc.errors import Reason, Refusal
 from lightning_trainer.rpc.preview_pb2_grpc import WeightsServicer
 from lightning_trainer.worker.boundary import answered
+from lightning_trainer.worker.compute import note_exception
 from lightning_trainer.worker.host import Host
 
 Response = TypeVar("Response")
 
 log = logging.getLogger(__name__)
+
+
+MOST_WAITING = 8
+"""Calls of Begin and Commit, their clients gone or not: each holds its request."""
 
 
 class Weights(WeightsServicer):
@@ -33,11 +38,18 @@ class Weights(WeightsServicer):
     @answered
     async def Begin(self, request: pb.BeginRequest, context: Any) -> pb.BeginResponse:
         """Begin an update, or go on with it."""
-        return await self._whole(self._begin(request))
+        self.host.resident.admit(request)  # what can be refused at once need not wait
+        gone = asyncio.Event()
+        try:
+            return await self._whole(self._begin(request, gone))
+        except asyncio.CancelledError:  # the client has hung up
+            gone.set()
+            raise
 
-    async def _begin(self, request: pb.BeginRequest) -> pb.BeginResponse:
+    async def _begin(self, request: pb.BeginRequest, gone: asyncio.Event) -> pb.BeginResponse:
         weights = self.host.resident
         async with self._one:
+            _refuse_gone(gone)
             if weights.admit(request):
                 await self._take_turn()
                 try:
@@ -45,6 +57,7 @@ class Weights(WeightsServicer):
                 finally:
                     self.host.turns.give()
                     await self.host.show_health()
+            _refuse_gone(gone)  # a run that has ended would hold the worker
             return weights.begin(request)
 
     @answered
@@ -105,10 +118,13 @@ class Weights(WeightsServicer):
             self.host.running.stop(Refusal(Reason.REASON_STALE_PUBLISH, "newer weights took the place of these"))
 
     async def _whole(self, steps: Coroutine[Any, Any, Response]) -> Response:
+        if len(self._tasks) >= MOST_WAITING:
+            steps.close()
+            raise Refusal(Reason.REASON_QUEUE_FULL, "too many updates wait", [], 1000)
         task = asyncio.ensure_future(steps)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # seen, should nobody wait by then
+        task.add_done_callback(note_exception)
         return await asyncio.shield(task)
 
     @answered
@@ -129,3 +145,11 @@ class Weights(WeightsServicer):
         """Let another run begin; what this one was sending is forgotten."""
         self.host.resident.release(request.fencing_token)
         return pb.LeaseResponse()
+
+
+def _refuse_gone(gone: asyncio.Event) -> None:
+    """Raises:
+    Refusal: The client has hung up.
+    """
+    if gone.is_set():
+        raise Refusal(Reason.REASON_UNAVAILABLE, "the client has gone")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,3 +100,68 @@ def test_the_base_of_adapters_is_compared_before_anything_is_sent(
         status = main(["fit", "--config", str(config), *remote, "--preview_backend.preflight", "require"])
         assert status == (0 if same else 2)
         assert ("frozen_base_sha256 differ" in capsys.readouterr().err) == (not same)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"temperature": -1.0}, "temperature must be 0 (greedy)"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"seed": -1}, "seed must lie in [0, 2**63)"),
+        ({"prompts": []}, "must be at least 1, not 0"),
+        ({"name": "a b"}, "must be one word"),
+    ],
+)
+def test_what_no_preview_can_be_made_with_is_refused_at_once(
+    settings: dict[str, Any], words: str, job: Callable[..., Path], capsys: Any
+) -> None:
+    config = job(trainer={"callbacks": [{"class_path": "PreviewCallback", "init_args": settings}]})
+    assert main(["fit", "--config", str(config)]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_worker_that_the_run_has_already_is_not_a_callbacks_own(job: Callable[..., Path], capsys: Any) -> None:
+    grpc = {"class_path": "GrpcPreviewBackend", "init_args": {"address": "127.0.0.1:1"}}
+    own = {**GREEDY, "init_args": {**GREEDY["init_args"], "backend": grpc}}
+    config = job(trainer={"callbacks": [PLAIN, own]}, preview_backend=grpc)
+    assert main(["fit", "--config", str(config)]) == 2
+    assert "are one worker, 127.0.0.1:1" in capsys.readouterr().err
+
+
+def test_a_full_disk_costs_lines_and_nothing_else(
+    job: Callable[..., Path], tmp_path: Path, lines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_trainer.callbacks import preview
+
+    append, calls = preview._append, []
+
+    def full(path: Path, data: bytes) -> None:
+        calls.append(path)
+        if len(calls) in (2, 3):
+            raise OSError(28, "No space left on device")
+        append(path, data)
+
+    monkeypatch.setattr(preview, "_append", full)
+    config = job(trainer={"callbacks": [PLAIN], "max_steps": 8, "max_epochs": -1})
+    with pytest.warns(UserWarning, match=r"previews.jsonl cannot be written: No space left on device"):
+        assert main(["fit", "--config", str(config)]) == 0
+    assert [line["step"] for line in lines(tmp_path / "run" / "previews.jsonl")] == [2, 2, 8, 8]
+
+
+def test_lines_are_added_whole_or_not_at_all(tmp_path: Path) -> None:
+    from lightning_trainer.callbacks.preview import _append
+
+    path = tmp_path / "lines"
+    path.write_bytes(b"one\n")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            _append(path, b"two\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == b"one\n"
+    _append(path, b"three\n")
+    assert path.read_bytes() == b"one\nthree\n"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from chaos import eventually
-from remote_rig import adds_up, ask, bound, collect, content, fake_for, right, set_weights
+from remote_rig import QUICK, adds_up, ask, bound, collect, content, fake_for, right, set_weights
 from worker_thread import running_worker
 
 from lightning_trainer import pretrained
@@ -301,7 +301,6 @@ def test_what_the_worker_does_not_take_fails_by_itself_and_in_words(model: Any, 
         assert "4 tokens, the worker takes 3: start it with --max-prompt-tokens 4" in str(long.error_message)
         ask(backend, 2, tokens=9)
         assert "--max-new-tokens 9" in str(collect(backend)[0].error_message)
-        assert backend.state == "lost"
         weights = set_weights(model, 3)
         ask(backend, 3)
         assert right(collect(backend)[0], 3, weights, prompter)
@@ -397,3 +396,100 @@ def test_the_worker_is_kept_while_there_is_nothing_to_push(model: Any, prompter:
             assert lease.remaining > 0
             assert not eventually(lambda: lease.remaining == 0, seconds=2.5)
         assert lease.remaining == 0
+
+
+def test_a_preview_asked_for_by_hand_is_by_the_weights_as_they_are(
+    model: Any, prompter: Prompter, tiny_model_dir: Path
+) -> None:
+    make = lambda: TransformersEngine(tiny_model_dir, torch.float32, torch.device("cpu"))  # noqa: E731
+    with running_worker(make) as worker, bound(worker.address, prompter, model) as backend:
+        for number in range(3):  # all of them with step 0
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+            local = LocalPreviewBackend()
+            local.bind(prompter, model)
+            expected = local.preview("hello", max_new_tokens=6, temperature=0.0).text
+            assert backend.preview("hello", max_new_tokens=6, temperature=0.0).text == expected
+
+
+def test_nothing_asked_is_nothing_done(model: Any, prompter: Prompter) -> None:
+    with running_worker(fake_for(model)) as worker, bound(worker.address, prompter, model) as backend:
+        backend.submit([], SamplingParams(), 1)
+        ask(backend, 1)
+        assert collect(backend)[0].success
+        assert backend.counters["triggered"] == 1
+
+
+def test_a_slow_worker_answers_all_who_ask_in_turn(model: Any, prompter: Prompter) -> None:
+    with (
+        running_worker(fake_for(model, token_seconds=0.02)) as worker,
+        bound(worker.address, prompter, model) as backend,
+    ):
+        answered = []
+        for step in range(1, 25):
+            set_weights(model, step)
+            for who in "ab":
+                backend.submit(
+                    [PreviewRequest((1, 2), prompt_id=who, step=step)], SamplingParams(max_new_tokens=4), step
+                )
+            backend.settle()
+            time.sleep(0.06)  # an answer takes 0.08
+            answered += [result.prompt_id for result in backend.collect()]
+        assert abs(answered.count("a") - answered.count("b")) <= 2
+        assert len(answered) > 8
+        assert sum("faster than it answers" in line for line in backend.notices()) == 1
+
+
+def test_limits_are_asked_for_anew_before_a_preview_is_refused_for_them(
+    model: Any, prompter: Prompter, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "worker")
+    with running_worker(fake_for(model), path=path, limits=Limits(max_new_tokens=4)) as first:
+        backend = GrpcPreviewBackend(first.address)
+        backend._deadlines = QUICK
+        backend.bind(prompter, model)
+        ask(backend, 1)
+        assert "--max-new-tokens 8" in str(collect(backend)[0].error_message)
+    with running_worker(fake_for(model), path=path):  # started again, as the message says
+        weights = set_weights(model, 2)
+        assert eventually(lambda: _answer(backend, 2).success, 5.0)
+        assert right(_answer(backend, 2), 2, weights, prompter)
+        backend.close()
+
+
+def _answer(backend: GrpcPreviewBackend, step: int) -> Any:
+    ask(backend, step)
+    return collect(backend)[0]
+
+
+def test_adapters_need_a_base_on_the_workers_disk(model: Any, prompter: Prompter, tiny_model_dir: Path) -> None:
+    bare = fake_for(model, has_weights=False)
+    with torch.random.fork_rng():
+        adapter = put_in(model, LoraSettings(rank=2, target_modules=["q_proj"]), str(tiny_model_dir))
+    with running_worker(bare) as worker, pytest.raises(InputError, match="has no weights, on which adapters could lie"):
+        GrpcPreviewBackend(worker.address, preflight="require").bind(prompter, model, adapter)
+
+
+def test_a_run_that_must_have_its_worker_waits_while_that_loads(model: Any, prompter: Prompter) -> None:
+    bound_at: list[float] = []
+
+    def bind(address: str) -> None:
+        backend = GrpcPreviewBackend(address, preflight="require")
+
+        def begin() -> None:
+            backend.bind(prompter, model)
+            bound_at.append(time.monotonic())
+            backend.close()
+
+        thread = threading.Thread(target=begin)
+        thread.start()
+        time.sleep(1.0)
+        threads.append(thread)
+
+    threads: list[threading.Thread] = []
+    with running_worker(lambda: (time.sleep(1.5), fake_for(model))[1], while_loading=bind):
+        ready = time.monotonic()
+        threads[0].join(10)
+        assert bound_at
+        assert bound_at[0] > ready - 1.0

@@ -123,10 +123,7 @@ def test_14_off_does_not_wait_and_the_worker_may_come_later(model: Any, prompter
 
 def test_local_answers_while_the_worker_does_not(model: Any, prompter: Prompter) -> None:
     with bound(closed_port(), prompter, model, on_unavailable="local") as backend:
-        for step in (1, 2):
-            ask(backend, step)
-            collect(backend)
-        assert backend.state == "paused"
+        assert backend.state == "lost"
         ask(backend, 4, prompts=2, tokens=3)
         results = backend.collect()
         assert [(r.success, r.backend_type, r.weights_step) for r in results] == [(True, "local", 4)] * 2
@@ -371,11 +368,13 @@ def test_24_another_trainer_holds_the_worker(model: Any, prompter: Prompter) -> 
             second.close()
             second.run_id = "another"
             second.bind(prompter, model)
-            second.notices()
+            assert "another run holds the worker" in second.notices()[-1]
+            assert second.state == "lost"
             ask(second, 1)
             assert "another run holds the worker" in str(collect(second)[0].error_message)
-            assert "another run holds the worker" in second.notices()[0]
-            assert second.state == "lost"
+            second.preflight = "require"
+            with pytest.raises(InputError, match="another run holds the worker"):
+                second.bind(prompter, model)
 
 
 def test_42_a_proxy_of_the_environment_is_not_asked(

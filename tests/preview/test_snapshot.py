@@ -2,6 +2,7 @@
 
 import mmap
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,6 +76,19 @@ def test_too_little_memory_is_said_with_figures() -> None:
     with pytest.raises(InputError, match=rf"need 1001 bytes .* {1000 + SPARE_BYTES} are free") as caught:
         check_room(1001, lambda: 1000 + SPARE_BYTES)
     assert caught.value.key == "preview_backend"
+
+
+@pytest.mark.parametrize(("limit", "free"), [("max", 800 << 10), ("500000", 500_000 - 300_000 + 100_000)])
+def test_the_limit_of_a_container_counts(tmp_path: Path, limit: str, free: int) -> None:
+    group = tmp_path / "sys/fs/cgroup/box"
+    for folder in (group, tmp_path / "proc/self"):
+        folder.mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 900 kB\nMemAvailable: 800 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text("0::/box\n")
+    (group / "memory.max").write_text(f"{limit}\n")
+    (group / "memory.current").write_text("300000\n")
+    (group / "memory.stat").write_text("anon 200000\ninactive_file 100000\n")
+    assert available_bytes(tmp_path) == free
 
 
 def test_free_memory_is_read_from_the_kernel() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import pytest
 import torch
-from fake_engine import SMALL, FakeEngine, expected_tokens
+from fake_engine import ADAPTER, SMALL, FakeEngine, expected_tokens
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from worker_thread import RunningWorker, StockClient, answers_of, refused, running_worker
 
@@ -596,3 +596,44 @@ def test_39_no_answer_is_mislabelled_or_of_two_sets_of_weights() -> None:
     assert outcomes.count("answered") > 300
     assert {"ABORTED", "FAILED_PRECONDITION", "cancelled"} <= set(outcomes)
     assert len(engine._threads) == 1
+
+
+def test_a_run_that_has_ended_before_its_begin_was_answered_holds_nothing() -> None:
+    engine = FakeEngine()
+    prepare, gate = engine.prepare, threading.Event()
+
+    def slowly(kind: Any, spec: Any) -> None:
+        gate.wait(5)
+        prepare(kind, spec)
+
+    engine.prepare = slowly  # type: ignore[method-assign]
+    with running_worker(engine) as running:
+        with StockClient(running.address, run_id="one") as one:
+            spec = pb.AdapterSpec(rank=1, alpha=1, target_modules=["x"])
+            tensors = {entry.name: bytes(entry.nbytes) for entry in ADAPTER}
+            about = {"kind": pb.UPDATE_KIND_ADAPTER, "adapter": spec}
+            request = one.begin_request(ADAPTER, tensors, one.ref(tensors, 1), "u", **about)
+            assert refused(lambda: one.weights.Begin(request, timeout=0.1))[0] == "DEADLINE_EXCEEDED"
+        gate.set()
+        with StockClient(running.address, run_id="two") as two:
+            assert two.push(SMALL, filled(2), 1) == two.describe().resident
+            assert two.status().lease_run_id == "two"
+
+
+def test_begins_whose_clients_hang_up_do_not_pile_up() -> None:
+    engine = FakeEngine()
+    prepare, gate = engine.prepare, threading.Event()
+
+    def slowly(kind: Any, spec: Any) -> None:
+        gate.wait(10)
+        prepare(kind, spec)
+
+    engine.prepare = slowly  # type: ignore[method-assign]
+    with running_worker(engine) as running, StockClient(running.address) as client:
+        spec = pb.AdapterSpec(rank=1, alpha=1, target_modules=["x"])
+        tensors = {entry.name: bytes(entry.nbytes) for entry in ADAPTER}
+        about = {"kind": pb.UPDATE_KIND_ADAPTER, "adapter": spec}
+        request = client.begin_request(ADAPTER, tensors, client.ref(tensors, 1), "u", **about)
+        codes = [refused(lambda: client.weights.Begin(request, timeout=0.1)) for _ in range(12)]
+        gate.set()
+        assert codes.count(("RESOURCE_EXHAUSTED", "QUEUE_FULL")) == 4
