@@ -7,6 +7,8 @@ bare proto are those of the tests.
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -212,6 +214,11 @@ class FakeWorker:
 
     def __exit__(self, *error: object) -> None:
         self.kill()
+
+
+def freeze(pid: int) -> None:
+    """Stop a process; it keeps its connections and answers nothing."""
+    os.kill(pid, signal.SIGSTOP)
 
 
 def own_bytes(pid: int | str = "self") -> int:
