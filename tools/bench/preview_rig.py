@@ -187,21 +187,37 @@ class FakeWorker:
     """A worker with a fake engine in a process of its own, to be measured, frozen and killed.
 
     Attributes:
-        address: HOST:PORT.
         pid: Of the process.
     """
 
     def __init__(self, stand: Stand) -> None:
-        ours, theirs = SPAWN.Pipe()
-        self._parent = ours
+        self._parent, theirs = SPAWN.Pipe()
         self._process = SPAWN.Process(target=_serve, args=(stand, theirs), daemon=True)
         self._process.start()
         theirs.close()
-        if not ours.poll(START_SECONDS):
-            self.kill()
-            raise RuntimeError("the fake worker did not start")
-        self.address: str = ours.recv()
         self.pid: int = self._process.pid or 0
+        self._address = ""
+
+    def is_ready(self, timeout: float = 0.0) -> bool:
+        """Whether it serves; waits up to `timeout` seconds for it.
+
+        Raises:
+            EOFError: It has ended.
+        """
+        if not self._address and self._parent.poll(timeout):
+            self._address = self._parent.recv()
+        return bool(self._address)
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT, once it serves.
+
+        Raises:
+            RuntimeError: That takes too long.
+        """
+        if not self.is_ready(START_SECONDS):
+            raise RuntimeError("the fake worker did not start")
+        return self._address
 
     def kill(self) -> None:
         """End it at once, frozen or not."""
