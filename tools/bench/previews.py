@@ -1,7 +1,7 @@
 """What remote previews cost the training thread, and how fast weights reach a worker on this machine.
 
-Pushes are end to end: from `submit` until the worker has them, committed. They are compared with the same bytes through
-a plain TCP connection, run in turn with them.
+A push is all that the dispatcher does: digests, upload, commit. It is compared with as many bytes through a plain TCP
+connection, run in turn with it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from worker_thread import StockClient
 
 from lightning_trainer import GrpcPreviewBackend
 from lightning_trainer.adapters import LoraSettings
+from lightning_trainer.preview.calls import connect
+from lightning_trainer.preview.publication import publication_of
+from lightning_trainer.preview.pusher import Pusher
 from lightning_trainer.preview.snapshot import Slot
 from lightning_trainer.rpc.layout import layout_of, model_tensors, raw_bytes
 
@@ -49,11 +52,16 @@ def run(quick: bool) -> list[Row]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = save_large(folder / "large", 64 if quick else 128)
+        model = save_large(folder / "large", 128)
         rounds = 3 if quick else 7
-        rows = [stall(model, 7 if quick else 25), *pushes(folder, model, rounds)]
         tiny = save_model(folder / "tiny")
-        return [*rows, adapters(tiny, rounds), commit(folder / "tiny", tiny, 10 if quick else 50)]
+        return [
+            stall(model, 7 if quick else 25),
+            idle_step(tiny),
+            *pushes(folder, model, rounds),
+            adapters(tiny, rounds),
+            commit(folder / "tiny", tiny, 10 if quick else 50),
+        ]
 
 
 def save_large(folder: Path, mib: int) -> Any:
@@ -77,8 +85,7 @@ def stall(model: Any, rounds: int) -> Row:
 
 
 def pushes(folder: Path, model: Any, rounds: int) -> list[Row]:
-    """All weights to `serve`, in the clear and over TLS; and what a step without a preview pays."""
-    nbytes = sum(entry.nbytes for entry in layout_of(model_tensors(model)))
+    """All weights to `serve`, in the clear and over TLS."""
     certs = folder / "certs"
     subprocess.run([ROOT / "tools" / "make_certs", certs, "127.0.0.1"], check=True, stdout=subprocess.DEVNULL)
     token, flags = certs / "token", ["--dtype", "fp32"]
@@ -86,27 +93,48 @@ def pushes(folder: Path, model: Any, rounds: int) -> list[Row]:
     with (
         served(folder / "large", *flags) as (open_address, _),
         served(folder / "large", *tls) as (tls_address, _),
-        bound(open_address, model) as in_clear,
-        bound(tls_address, model, ca=certs / "ca.pem", token_file=token) as over_tls,
     ):
-        idle = idle_step(in_clear)
-        pairs = [(raw_over_push(in_clear, model, nbytes, step), raw_over_push(over_tls, model, nbytes, step))
-                 for step in range(1, rounds + 1)]  # fmt: skip
-    size = f"{nbytes >> 20} MiB, digests and commit included"
-    clear, secret = zip(*pairs, strict=True)
+        in_clear = pusher_to(model, GrpcPreviewBackend(open_address))
+        over_tls = pusher_to(model, GrpcPreviewBackend(tls_address, ca=certs / "ca.pem", token_file=token))
+        clear, secret = [], []
+        for step in range(1, rounds + 1):
+            clear.append(of_raw(in_clear, model, step))
+            secret.append(of_raw(over_tls, model, step))
+    (push, upload), (tls_push, tls_upload) = zip(*clear, strict=True), zip(*secret, strict=True)
     return [
-        idle,
-        Row("push of all weights / raw TCP", clear, at_least=0.12, note=size),
-        Row("the same over TLS, with a token / raw TCP", secret, at_least=0.10, note=size),
+        Row("push of all weights / raw TCP", push, at_least=0.12, note="digests, upload and commit"),
+        Row("  its upload alone / raw TCP", upload, at_least=0.12, note="the worker's digests included"),
+        Row("push over TLS, with a token / raw TCP", tls_push),
+        Row("  its upload alone / raw TCP", tls_upload, at_least=0.10),
     ]
 
 
-def raw_over_push(backend: GrpcPreviewBackend, model: Any, nbytes: int, step: int) -> float:
-    """Speed of a push of all weights, of that of raw TCP just before it."""
+class TimedPusher(Pusher):
+    """As the dispatcher's.
+
+    Attributes:
+        upload_seconds: Of the newest push.
+    """
+
+    upload_seconds = 0.0
+
+    def _upload(self, *words: Any) -> None:
+        self.upload_seconds = seconds(lambda: super(TimedPusher, self)._upload(*words))
+
+
+def pusher_to(model: Any, backend: GrpcPreviewBackend) -> TimedPusher:
+    """In this process, which does nothing else meanwhile."""
+    setup = backend._setup_of(publication_of(model, None), [])
+    return TimedPusher(connect(setup), setup)
+
+
+def of_raw(pusher: TimedPusher, model: Any, step: int) -> tuple[float, float]:
+    """Speed of a push of all weights, and of its upload, of that of raw TCP just before it."""
     nudge(model)
-    raw = loopback(RAW_TIMES * nbytes) / RAW_TIMES
-    one_preview(backend, step)
-    return raw / backend.metrics()["push_seconds"]
+    view = memoryview(b"".join(raw_bytes(tensor) for tensor in model_tensors(model).values()))
+    raw = loopback(RAW_TIMES * len(view)) / RAW_TIMES
+    pushed = pusher.push(view, step, step)
+    return raw / pushed.seconds, raw / pusher.upload_seconds
 
 
 def loopback(nbytes: int) -> float:
@@ -131,14 +159,15 @@ def loopback(nbytes: int) -> float:
         return time.perf_counter() - started
 
 
-def idle_step(backend: GrpcPreviewBackend) -> Row:
+def idle_step(tiny: Any) -> Row:
     """What the callback asks of the backend at a step without a preview, as its hooks do."""
+    with FakeWorker(stand_for(tiny)) as worker, bound(worker.address, tiny) as backend:
 
-    def step() -> None:
-        backend.claim(backend.collect(), ())
-        backend.notices()
+        def step() -> None:
+            backend.claim(backend.collect(), ())
+            backend.notices()
 
-    each = [1000 * seconds(lambda: [step() for _ in range(500)]) / 500 for _ in range(20)]
+        each = [1000 * seconds(lambda: [step() for _ in range(500)]) / 500 for _ in range(20)]
     return Row("a step without a preview", tuple(each), "ms", at_most=0.2)
 
 
