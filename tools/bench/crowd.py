@@ -149,7 +149,7 @@ async def _with_clients(address: str, count: int, act: Callable[[list[Any]], Cor
     async with AsyncExitStack() as stack:
         channels = [await stack.enter_async_context(grpc.aio.insecure_channel(address, OPTIONS)) for _ in range(count)]
         await asyncio.gather(*map(_connected, channels))
-        return await act([stubs.PreviewStub(each) for each in channels])
+        return await act([stubs.PreviewStub(each) for each in channels])  # type: ignore[no-untyped-call]
 
 
 def _connected(to: Any) -> Awaitable[Any]:

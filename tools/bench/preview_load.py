@@ -42,6 +42,9 @@ from lightning_trainer.types import SamplingParams
 FLUSH_SECONDS = 2.0
 """That the run which ends may wait for previews."""
 
+RETRY_SECONDS = 1.0
+"""After which a refused client is told to come again."""
+
 SAMPLE_EVERY = 10
 """Previews between two looks at the memory."""
 
@@ -108,14 +111,14 @@ def events(tiny: Any, rounds: int) -> Row:
 
 
 def overload(tiny: Any, seconds: float) -> list[Row]:
-    """100 clients, of which nine at most are let in; each asks twice a second, then all in one moment."""
+    """100 clients, of which nine at most are let in; each asks when the last refusal said, then all in one moment."""
     stand = stand_for(tiny, token_seconds=0.01, limits=Limits(max_queue_depth=8))
     with (
         FakeWorker(stand) as worker,
         ProcessPoolExecutor(1, mp_context=SPAWN) as pool,
         StockClient(worker.address) as client,
     ):
-        siege = pool.submit(crowd.siege, worker.address, 100, 10, seconds, 0.5)
+        siege = pool.submit(crowd.siege, worker.address, 100, 10, seconds, RETRY_SECONDS)
         health = _health_while(siege, client)
         found = siege.result()
         at_once = [pool.submit(crowd.burst, worker.address, 100, 10).result() for _ in range(3)]
