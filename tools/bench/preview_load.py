@@ -29,6 +29,7 @@ from preview_rig import (
     one_preview,
     own_bytes,
     save_model,
+    seconds,
     served,
     stand_for,
 )
@@ -110,7 +111,7 @@ def events(tiny: Any, rounds: int) -> Row:
     return Row("events of 32 streams", values, "1/s", at_least=5000.0, note=note)
 
 
-def overload(tiny: Any, seconds: float) -> list[Row]:
+def overload(tiny: Any, duration: float) -> list[Row]:
     """100 clients, of which nine at most are let in; each asks when the last refusal said, then all in one moment."""
     stand = stand_for(tiny, token_seconds=0.01, limits=Limits(max_queue_depth=8))
     with (
@@ -118,7 +119,7 @@ def overload(tiny: Any, seconds: float) -> list[Row]:
         ProcessPoolExecutor(1, mp_context=SPAWN) as pool,
         StockClient(worker.address) as client,
     ):
-        siege = pool.submit(crowd.siege, worker.address, 100, 10, seconds, RETRY_SECONDS)
+        siege = pool.submit(crowd.siege, worker.address, 100, 10, duration, RETRY_SECONDS)
         health = _health_while(siege, client)
         found = siege.result()
         at_once = [pool.submit(crowd.burst, worker.address, 100, 10).result() for _ in range(3)]
@@ -167,10 +168,10 @@ def step_time(folder: Path, rounds: int) -> Row:
     step, found = _training_step(), []
     with served(folder, "--dtype", "fp32") as (address, _), bound(address, large) as backend:
         for number in range(1, rounds + 2):
-            alone = [_seconds(step) for _ in range(50)]
+            alone = [seconds(step) for _ in range(50)]
             nudge(large)
             beside = _steps_while_pushing(backend, number, step)
-            alone += [_seconds(step) for _ in range(50)]
+            alone += [seconds(step) for _ in range(50)]
             found.append(statistics.median(beside) / statistics.median(alone))
     note = f"{len(beside)} of {1000 * statistics.median(alone):.1f} ms in the last push; informative on shared cores"
     return Row("step while 64 MiB are pushed / without", tuple(found[1:]), at_most=1.15, note=note)
@@ -183,7 +184,7 @@ def _steps_while_pushing(backend: GrpcPreviewBackend, number: int, step: Callabl
     backend.settle()
     done = backend.collect(timeout=1e-3)  # in a hurry: now, however long the last push took
     while backend._bound.mailbox.room() is None:
-        found.append(_seconds(step))
+        found.append(seconds(step))
         done += backend.collect()
     while not done:
         done = backend.collect(timeout=START_SECONDS)
@@ -272,9 +273,3 @@ def percentile(values: Sequence[float], share: int) -> float:
 
 def _thousandfold(values: Sequence[float]) -> tuple[float, ...]:
     return tuple(1000 * value for value in values)
-
-
-def _seconds(act: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    act()
-    return time.perf_counter() - started

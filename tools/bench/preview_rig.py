@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -114,10 +114,10 @@ def one_preview(backend: GrpcPreviewBackend, step: int, tokens: int = 1) -> Prev
     """
     backend.submit([PROMPT], SamplingParams(max_new_tokens=tokens, temperature=0.0), step)
     backend.settle()
-    [result] = backend.collect(timeout=START_SECONDS)
-    if not result.success:
-        raise RuntimeError(f"no preview: {result.error_message}")
-    return result
+    results = backend.collect(timeout=START_SECONDS)
+    if len(results) != 1 or not results[0].success:
+        raise RuntimeError(f"no preview: {[result.error_message for result in results]}")
+    return results[0]
 
 
 @dataclass(frozen=True)
@@ -230,6 +230,13 @@ class FakeWorker:
 
     def __exit__(self, *error: object) -> None:
         self.kill()
+
+
+def seconds(act: Callable[[], Any]) -> float:
+    """Wall time of one call."""
+    started = time.perf_counter()
+    act()
+    return time.perf_counter() - started
 
 
 def freeze(pid: int) -> None:

@@ -11,14 +11,13 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from measure import Row, interleaved
-from preview_rig import FakeWorker, bound, nudge, one_preview, save_model, served, stand_for
+from preview_rig import FakeWorker, bound, nudge, one_preview, save_model, seconds, served, stand_for
 from worker_thread import StockClient
 
 from lightning_trainer import GrpcPreviewBackend
@@ -222,10 +221,3 @@ def commit(folder: Path, tiny: Any, rounds: int) -> Row:
             found.append((done.verify_micros + done.apply_micros) / 1000)
     note = f"{len(layout)} tensors; verify + apply"
     return Row("commit of a tiny model", tuple(found), "ms", at_most=50.0, note=note)
-
-
-def seconds(act: Callable[[], Any]) -> float:
-    """Wall time of one call."""
-    started = time.perf_counter()
-    act()
-    return time.perf_counter() - started
