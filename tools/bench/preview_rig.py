@@ -114,7 +114,7 @@ def one_preview(backend: GrpcPreviewBackend, step: int, tokens: int = 1) -> Prev
     """
     backend.submit([PROMPT], SamplingParams(max_new_tokens=tokens, temperature=0.0), step)
     backend.settle()
-    results = backend.collect(timeout=START_SECONDS)
+    results: list[PreviewResult] = backend.collect(timeout=START_SECONDS)
     if len(results) != 1 or not results[0].success:
         raise RuntimeError(f"no preview: {[result.error_message for result in results]}")
     return results[0]
