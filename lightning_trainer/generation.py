@@ -66,6 +66,34 @@ def generate(
     return answers
 
 
+def first_difference(
+    model: PreTrainedModel, prompt_ids: Sequence[int], ours: Sequence[int], theirs: Sequence[int]
+) -> tuple[int, int, int, float] | None:
+    """Where two answers to one prompt part, and how near the model was to the other token.
+
+    Where a device rounds otherwise, greedy answers part at a token whose gap is as small as the rounding; a large gap
+    says that other weights or another prompt were read.
+
+    Args:
+        model: The one that gave `ours`.
+        prompt_ids: Of the prompt, without padding.
+        ours: Generated tokens.
+        theirs: Those of another device or dtype.
+
+    Returns:
+        (place among the generated tokens, our token, their token, our token's logit less their token's), or None where
+        they agree as far as the shorter one goes.
+    """
+    places = (place for place, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1])
+    place = next(places, None)
+    if place is None:
+        return None
+    read = torch.tensor([[*prompt_ids, *ours[:place]]], device=model.device)
+    with quiet(model), torch.inference_mode():
+        logits = model(input_ids=read, use_cache=False).logits[0, -1].float()
+    return place, ours[place], theirs[place], float(logits[ours[place]] - logits[theirs[place]])
+
+
 def _generate_batch(
     model: PreTrainedModel,
     requests: Sequence[PreviewRequest],

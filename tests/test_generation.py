@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lightning_trainer import generation, pretrained
-from lightning_trainer.generation import generate, quiet
+from lightning_trainer.generation import first_difference, generate, quiet
 from lightning_trainer.model import attention
 from lightning_trainer.types import (
     AfterSequence,
@@ -326,3 +326,36 @@ def test_no_rule_makes_what_cannot_be_drawn_from(model: Any, rule: Any, temperat
     requests = [replace(request, rules=(rule,)) for request in ask()]
     answers = generate(model, requests, SamplingParams(max_new_tokens=6, temperature=temperature))
     assert {answer.finish_reason for answer in answers} == {"length"}
+
+
+def test_answers_part_at_the_first_token_that_differs(model: Any, model_dir: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    prompt = PROMPTS[1]
+    [ours] = tokens_of(generate(model, ask([prompt]), greedy()))
+    plain = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        logits = plain(input_ids=torch.tensor([prompt + ours[:5]]), use_cache=False).logits[0, -1]
+    best, second = logits.topk(2).indices.tolist()
+    assert best == ours[5]
+    before = state_of(model)
+    found = first_difference(model, prompt, ours, (*ours[:5], second, *ours[6:9], 7))
+    assert found is not None
+    assert found[:3] == (5, best, second)
+    assert found[3] == pytest.approx(float(logits[best] - logits[second]), abs=1e-4)
+    assert state_of(model) == before
+
+
+def test_the_first_token_may_differ_and_the_other_may_be_nearer(model: Any) -> None:
+    [ours] = tokens_of(generate(model, ask([PROMPTS[0]]), greedy()))
+    other = (ours[0] + 1) % 384
+    forward, back = (first_difference(model, PROMPTS[0], *pair) for pair in ((ours, [other]), ([other], ours)))
+    assert forward is not None
+    assert back is not None
+    assert (forward[:3], back[:3]) == ((0, ours[0], other), (0, other, ours[0]))
+    assert forward[3] == -back[3] > 0
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [((1, 2), (1, 2)), ((1, 2), (1, 2, 3)), ((), (1,))])
+def test_equal_answers_and_the_beginning_of_one_do_not_part(model: Any, ours: Any, theirs: Any) -> None:
+    assert first_difference(model, PROMPTS[0], ours, theirs) is None

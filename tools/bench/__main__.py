@@ -3,7 +3,7 @@
 python tools/bench [--quick] [TABLE ...] [--json FILE]
 
 A table is a module beside this file with `run(quick) -> list[Row]`. The exit status is 1 where a figure misses its
-bound.
+bound. Some take minutes and are only run by name.
 """
 
 from __future__ import annotations
@@ -11,22 +11,31 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 from importlib import import_module
 from pathlib import Path
 
-TABLES = ()
+TABLES = ("previews", "preview_load", "parity")
+
+BY_NAME = ("soak",)
+
+HELPERS = Path(__file__).parents[2] / "tests" / "helpers"
+"""The tests' fake engine, stock client and proxy."""
 
 
 def main() -> int:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)} (default: all)")
+    known = (*TABLES, *BY_NAME)
+    words = f"of {', '.join(known)} (default: all but {', '.join(BY_NAME)})"
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=words)
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, too")
     given = parser.parse_args()
-    unknown = sorted(set(given.tables) - set(TABLES))
+    unknown = sorted(set(given.tables) - set(known))
     if unknown:
-        parser.error(f"there is no table {', '.join(unknown)}; choose from {', '.join(TABLES)}")
+        parser.error(f"there is no table {', '.join(unknown)}; choose from {', '.join(known)}")
+    sys.path.append(str(HELPERS))
     found, missed = {}, False
     for name in given.tables or TABLES:
         print(f"{name}", flush=True)

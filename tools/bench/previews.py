@@ -1,163 +1,223 @@
 """What remote previews cost the training thread, and how fast weights reach a worker on this machine.
 
-python tools/bench/previews.py [--mib 128] [--rounds 15]
-
-Three figures: the stall of a preview against a bare copy of the same bytes into the same memory; what a step without a
-preview pays; and the push of all weights against the same bytes through a plain TCP connection. The worker is a process
-of its own, started here; runs of a kind are interleaved with those they are compared with.
+A push is all that the dispatcher does: digests, upload, commit. It is compared with as many bytes through a plain TCP
+connection, run in turn with it.
 """
 
 from __future__ import annotations
 
-import argparse
 import socket
-import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+from measure import Row, interleaved
+from preview_rig import FakeWorker, bound, nudge, one_preview, save_model, seconds, served, stand_for
+from worker_thread import StockClient
 
 from lightning_trainer import GrpcPreviewBackend
-from lightning_trainer.preview import Prompter
+from lightning_trainer.adapters import LoraSettings
+from lightning_trainer.preview.calls import connect
+from lightning_trainer.preview.publication import publication_of
+from lightning_trainer.preview.pusher import Pusher
 from lightning_trainer.preview.snapshot import Slot
-from lightning_trainer.profiles import Plain
-from lightning_trainer.rpc.layout import layout_of, model_tensors
-from lightning_trainer.types import PreviewRequest, SamplingParams
+from lightning_trainer.rpc.layout import layout_of, model_tensors, raw_bytes
 
-HIDDEN, LAYERS = 256, 4
+ROOT = Path(__file__).parents[2]
+HIDDEN = 256
 
+RAW_TIMES = 4
+"""The bytes of a push go through raw TCP so often: it is faster, and what else the machine does averages out."""
 
-def make_model(folder: Path, mib: int) -> Any:
-    """A model of about so many MiB in fp32, most of them in its embedding; saved in `folder`."""
-    vocabulary = mib * (1 << 20) // 4 // HIDDEN
-    config = Qwen3Config(
-        vocab_size=vocabulary, hidden_size=HIDDEN, intermediate_size=512, num_hidden_layers=LAYERS,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=64, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.save_pretrained(folder)
-    return model
-
-
-def seconds(act: Callable[[], Any]) -> float:
-    """Wall time of one call."""
-    started = time.perf_counter()
-    act()
-    return time.perf_counter() - started
+# Inputs and outputs of a layer's linear maps in Qwen3-0.6B, and its layers.
+WIDE, QUERIES, KEYS, INNER, LAYERS = 1024, 2048, 1024, 3072, 28
+LINEAR = {
+    "self_attn.q_proj": (WIDE, QUERIES),
+    "self_attn.k_proj": (WIDE, KEYS),
+    "self_attn.v_proj": (WIDE, KEYS),
+    "self_attn.o_proj": (QUERIES, WIDE),
+    "mlp.gate_proj": (WIDE, INNER),
+    "mlp.up_proj": (WIDE, INNER),
+    "mlp.down_proj": (INNER, WIDE),
+}
 
 
-def told(values: list[float], scale: float, unit: str) -> str:
-    """Median and range."""
-    return f"{scale * statistics.median(values):8.2f} {unit} ({scale * min(values):.2f} to {scale * max(values):.2f})"
+def run(quick: bool) -> list[Row]:
+    """The table."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = save_large(folder / "large", 128)
+        rounds = 3 if quick else 7
+        tiny = save_model(folder / "tiny")
+        return [
+            stall(model, 7 if quick else 25),
+            idle_step(tiny),
+            *pushes(folder, model, rounds),
+            adapters(tiny, rounds),
+            commit(folder / "tiny", tiny, 10 if quick else 50),
+        ]
 
 
-def bench_stall(model: Any, rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of a snapshot, and of one bare copy of as many bytes into the same memory."""
+def save_large(folder: Path, mib: int) -> Any:
+    """A model of about so many MiB, most of them in its embedding."""
+    shape = {"hidden_size": HIDDEN, "intermediate_size": 512, "num_hidden_layers": 4, "head_dim": 64}
+    return save_model(folder, vocab_size=(mib << 20) // 4 // HIDDEN, **shape)
+
+
+def stall(model: Any, rounds: int) -> Row:
+    """How much longer a snapshot takes than a bare copy of as many bytes into the same memory."""
     tensors = model_tensors(model)
     slot = Slot(layout_of(tensors), torch.device("cpu"))
     source = torch.empty(slot.nbytes, dtype=torch.uint8).random_(0, 255)
     target: Any = slot._bytes
-    snapshots, copies = [], []
-    for _ in range(rounds):
-        copies.append(seconds(lambda: target.copy_(source)))
-        snapshots.append(seconds(lambda: slot.fill(tensors)))
+    arms = {"copy": lambda: target.copy_(source), "snapshot": lambda: slot.fill(tensors)}
+    found = interleaved(arms, rounds, clock=time.perf_counter)
     slot.close()
-    return snapshots, copies
+    over = tuple(1000 * (s - 1.25 * c) for s, c in zip(found["snapshot"], found["copy"], strict=True))
+    note = f"{source.nbytes >> 20} MiB; a copy takes {1000 * sorted(found['copy'])[rounds // 2]:.0f} ms"
+    return Row("stall of a snapshot above 1.25 bare copies", over, "ms", at_most=5.0, note=note)
 
 
-def bench_loopback(nbytes: int) -> float:
+def pushes(folder: Path, model: Any, rounds: int) -> list[Row]:
+    """All weights to `serve`, in the clear and over TLS."""
+    certs = folder / "certs"
+    subprocess.run([ROOT / "tools" / "make_certs", certs, "127.0.0.1"], check=True, stdout=subprocess.DEVNULL)
+    token, flags = certs / "token", ["--dtype", "fp32"]
+    tls = [*flags, "--tls-cert", f"{certs}/worker.pem", "--tls-key", f"{certs}/worker.key", "--token-file", f"{token}"]
+    with (
+        served(folder / "large", *flags) as (open_address, _),
+        served(folder / "large", *tls) as (tls_address, _),
+    ):
+        in_clear = pusher_to(model, GrpcPreviewBackend(open_address))
+        over_tls = pusher_to(model, GrpcPreviewBackend(tls_address, ca=certs / "ca.pem", token_file=token))
+        clear, secret = [], []
+        for step in range(1, rounds + 1):
+            clear.append(of_raw(in_clear, model, step))
+            secret.append(of_raw(over_tls, model, step))
+    (push, upload), (tls_push, tls_upload) = zip(*clear, strict=True), zip(*secret, strict=True)
+    return [
+        Row("push of all weights / raw TCP", push, at_least=0.12, note="digests, upload and commit"),
+        Row("  its upload alone / raw TCP", upload, at_least=0.12, note="the worker's digests included"),
+        Row("push over TLS, with a token / raw TCP", tls_push),
+        Row("  its upload alone / raw TCP", tls_upload, at_least=0.10),
+    ]
+
+
+class TimedPusher(Pusher):
+    """As the dispatcher's.
+
+    Attributes:
+        upload_seconds: Of the newest push.
+    """
+
+    upload_seconds = 0.0
+
+    def _upload(self, *words: Any) -> None:
+        self.upload_seconds = seconds(lambda: super(TimedPusher, self)._upload(*words))
+
+
+def pusher_to(model: Any, backend: GrpcPreviewBackend) -> TimedPusher:
+    """In this process, which does nothing else meanwhile."""
+    setup = backend._setup_of(publication_of(model, None), [])
+    return TimedPusher(connect(setup), setup)
+
+
+def of_raw(pusher: TimedPusher, model: Any, step: int) -> tuple[float, float]:
+    """Speed of a push of all weights, and of its upload, of that of raw TCP just before it."""
+    nudge(model)
+    view = memoryview(b"".join(raw_bytes(tensor) for tensor in model_tensors(model).values()))
+    raw = loopback(RAW_TIMES * len(view)) / RAW_TIMES
+    pushed = pusher.push(view, step, step)
+    return raw / pushed.seconds, raw / pusher.upload_seconds
+
+
+def loopback(nbytes: int) -> float:
     """Seconds for so many bytes through TCP to another thread."""
-    listener = socket.create_server(("127.0.0.1", 0))
     data, buffer = bytes(1 << 20), bytearray(1 << 20)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
 
-    def drain() -> None:
-        peer, _ = listener.accept()
-        left = nbytes
-        while left > 0:
-            left -= peer.recv_into(buffer)
-        peer.close()
+        def drain() -> None:
+            peer, _ = listener.accept()
+            left = nbytes
+            with peer:
+                while left > 0:
+                    left -= peer.recv_into(buffer)
 
-    thread = threading.Thread(target=drain)
-    thread.start()
-    started = time.perf_counter()
-    with socket.create_connection(listener.getsockname()) as connection:
-        for _ in range(nbytes // len(data)):
-            connection.sendall(data)
-        connection.sendall(data[: nbytes % len(data)])
-        thread.join()
-    listener.close()
-    return time.perf_counter() - started
-
-
-def bench_pushes(model: Any, backend: GrpcPreviewBackend, nbytes: int, rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of a push of all weights, committed; and of the same bytes through TCP."""
-    pushes, plain = [], []
-    request = PreviewRequest((1, 2, 3))
-    for step in range(1, rounds + 1):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(1e-3)
-        plain.append(bench_loopback(nbytes))
-        backend.submit([request], SamplingParams(max_new_tokens=1, temperature=0.0), step)
-        [result] = backend.finish()
-        assert result.success, result.error_message
-        pushes.append(backend.metrics()["push_seconds"])
-    return pushes, plain
+        thread = threading.Thread(target=drain)
+        thread.start()
+        started = time.perf_counter()
+        with socket.create_connection(listener.getsockname()) as connection:
+            for start in range(0, nbytes, len(data)):
+                connection.sendall(data[: nbytes - start])
+            thread.join()
+        return time.perf_counter() - started
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mib", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=15)
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "model"
-        model = make_model(folder, given.mib)
-        nbytes = sum(entry.nbytes for entry in layout_of(model_tensors(model)))
-        snapshots, copies = bench_stall(model, given.rounds)
-        words = [sys.executable, "-m", "lightning_trainer", "serve", "--pretrained", str(folder)]
-        words += ["--listen", "127.0.0.1:0", "--dtype", "fp32", "--device", "cpu"]
-        worker = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-        assert worker.stdout is not None
-        address = worker.stdout.readline().split()[2]
-        backend = GrpcPreviewBackend(address, preflight="require", flush_timeout=120.0)
-        tokenizer: Any = PreTrainedTokenizerFast
-        backend.bind(_Silent(Plain(), tokenizer), model)
-        pushes, plain = bench_pushes(model, backend, nbytes, max(3, given.rounds // 3))
-        idle = [seconds(backend.collect) for _ in range(10_000)]
-        backend.close()
-        worker.terminate()
-        worker.wait()
-    stall = statistics.median(snapshots) - 1.25 * statistics.median(copies)
-    print(f"{nbytes / (1 << 20):.0f} MiB in {len(layout_of(model_tensors(model)))} tensors, torch {torch.__version__}")
-    print(f"snapshot            {told(snapshots, 1e3, 'ms')}")
-    print(f"bare copy           {told(copies, 1e3, 'ms')}")
-    print(f"  above 1.25 copies {1e3 * stall:8.2f} ms (at most 5)")
-    print(f"step, no preview    {told(idle, 1e3, 'ms')} (at most 0.2)")
-    print(f"push, committed     {told([nbytes / 1e9 / s for s in pushes], 1, 'GB/s')}")
-    print(f"plain TCP           {told([nbytes / 1e9 / s for s in plain], 1, 'GB/s')}")
-    ratio = statistics.median(plain) / statistics.median(pushes)
-    print(f"  push / TCP        {ratio:8.2f} (at least 0.12)")
+def idle_step(tiny: Any) -> Row:
+    """What the callback asks of the backend at a step without a preview, as its hooks do."""
+    with FakeWorker(stand_for(tiny)) as worker, bound(worker.address, tiny) as backend:
+
+        def steps() -> None:
+            for _ in range(500):
+                backend.claim(backend.collect(), ())
+                backend.notices()
+
+        each = [1000 * seconds(steps) / 500 for _ in range(20)]
+    return Row("a step without a preview", tuple(each), "ms", at_most=0.2)
 
 
-class _Silent(Prompter):
-    """Reads no answers: only times count."""
+class _Adapters:
+    """LoRA of rank 16 on every linear map of the 0.6B model, in bf16, without the model."""
 
-    def __init__(self, profile: Any, tokenizer: Any) -> None:
-        self.profile, self.tokenizer, self.stop_token_ids = profile, tokenizer, ()
+    settings = LoraSettings(rank=16)
 
-    def decode(self, token_ids: Any) -> str:
-        return ""
+    def __init__(self) -> None:
+        self._tensors: dict[str, torch.Tensor] = {}
+        for layer in range(LAYERS):
+            for name, (inputs, outputs) in LINEAR.items():
+                for part, shape in (("A", (16, inputs)), ("B", (outputs, 16))):
+                    key = f"base_model.model.model.layers.{layer}.{name}.lora_{part}.weight"
+                    self._tensors[key] = torch.randn(shape, dtype=torch.bfloat16)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """As an Adapter's."""
+        return self._tensors
+
+    def train(self) -> None:
+        """Change every weight."""
+        for tensor in self._tensors.values():
+            tensor.add_(0.125)
 
 
-if __name__ == "__main__":
-    main()
+def adapters(tiny: Any, rounds: int) -> Row:
+    """From `submit` to an answer by them: the fake engine takes no time for one token."""
+    ours, found = _Adapters(), []
+    with FakeWorker(stand_for(tiny, ours)) as worker, bound(worker.address, tiny, ours) as backend:
+        for step in range(1, rounds + 2):
+            ours.train()
+            found.append(seconds(partial(one_preview, backend, step)))
+        sent = backend.metrics()["push_mb"]
+    note = f"{sent:.1f} MB in {len(ours.tensors())} tensors; snapshot, push, commit and an answer of one token"
+    return Row("adapters of a 0.6B model, end to end", tuple(found[1:]), "s", at_most=1.0, note=note)
+
+
+def commit(folder: Path, tiny: Any, rounds: int) -> Row:
+    """What the worker says of verifying an update of the whole tiny model and writing it."""
+    layout, found = layout_of(model_tensors(tiny)), []
+    with served(folder, "--dtype", "fp32") as (address, _), StockClient(address) as client:
+        for seq in range(1, rounds + 1):
+            nudge(tiny)
+            tensors = {name: bytes(raw_bytes(tensor)) for name, tensor in model_tensors(tiny).items()}
+            target, update = client.ref(tensors, seq), str(seq)
+            needed = client.begin(client.begin_request(layout, tensors, target, update)).needed
+            client.upload(update, b"".join(tensors[layout[number].name] for number in needed))
+            done = client.commit(update, target)
+            found.append((done.verify_micros + done.apply_micros) / 1000)
+    note = f"{len(layout)} tensors; verify + apply"
+    return Row("commit of a tiny model", tuple(found), "ms", at_most=50.0, note=note)
