@@ -38,7 +38,7 @@ class StepClock(Callback):
     ) -> None:
         """One pack is one step."""
         nats: Any = pl_module.step_nats
-        self.measured.saw(len(batch.targets), nats / batch.step_tokens)
+        self.measured.saw(len(batch.targets), nats)
 
 
 def configuration(workload: Path, folder: Path, steps: int, previews: bool) -> dict[str, Any]:

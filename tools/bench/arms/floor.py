@@ -113,7 +113,7 @@ def main() -> None:
         nn.utils.clip_grad_norm_(parameters, meter.CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        measured.saw(len(batch.targets), loss.detach())
+        measured.saw(len(batch.targets), loss.detach() * len(batch.targets))
         measured.passed(step)
         if step == measured.last:
             break

@@ -1,6 +1,8 @@
-"""Arms `hf_padded` and `hf_grouped`: transformers' Trainer, rows at random or grouped by length.
+"""Arms `hf_padded`, `hf_grouped` and `hf_single`: transformers' Trainer.
 
-A batch holds as many chats as hold 2,048 tokens on average, padded to its longest.
+A step holds as many chats as hold 2,048 tokens on average: in one batch, drawn at random and padded to the longest, or
+of about one length; or one after the other, each a micro-batch, which pads nothing and suits a CPU, where small
+matrices cost no more than large ones.
 """
 
 from __future__ import annotations
@@ -32,11 +34,11 @@ class Counted:
 
     measured: meter.Meter
 
-    def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any) -> Any:
-        """One batch is one step."""
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        """One micro-batch; its loss is divided by the labelled tokens of the whole step, `num_items_in_batch`."""
         tokens = meter.labelled(inputs["labels"])
-        loss = super().training_step(model, inputs, *rest)  # type: ignore[misc]
-        self.measured.saw(tokens, loss)
+        loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        self.measured.saw(tokens, loss * num_items_in_batch)
         return loss
 
 
@@ -57,12 +59,17 @@ class StepClock(TrainerCallback):
         self.measured.passed(state.global_step)
 
 
+def chats_per_step(rows: TokenRows, single: bool) -> dict[str, int]:
+    """As TrainingArguments: in one batch, or one after the other."""
+    names = ("gradient_accumulation_steps", "per_device_train_batch_size")
+    return dict(zip(names, (rows.per_step, 1) if single else (1, rows.per_step), strict=True))
+
+
 def common(measured: meter.Meter, out: str) -> dict[str, Any]:
     """What the arms have in common, as TrainingArguments; one step more than are counted."""
     return {
         "output_dir": out,
         "max_steps": measured.last + 1,
-        "per_device_train_batch_size": 1,
         "learning_rate": meter.LEARNING_RATE,
         "lr_scheduler_type": "constant",
         "optim": "adamw_torch_fused",
@@ -87,13 +94,13 @@ def dataset(rows: TokenRows) -> Dataset:
 
 def main() -> None:
     """Train and report."""
-    given = meter.arguments(__doc__, "hf_padded", "hf_grouped")
+    given = meter.arguments(__doc__, "hf_padded", "hf_grouped", "hf_single")
     measured = meter.Meter(given)
     rows = TokenRows.load(given.workload)
     folder = str(given.workload / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     chosen = common(measured, str(given.workload / given.arm)) | {
-        "per_device_train_batch_size": rows.per_step,
+        **chats_per_step(rows, given.arm == "hf_single"),
         "train_sampling_strategy": "group_by_length" if given.arm == "hf_grouped" else "random",
         "length_column_name": "length",
     }

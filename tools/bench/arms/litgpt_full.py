@@ -1,7 +1,7 @@
-"""Arm `litgpt`: LitGPT's own fine-tuning loop and model, as `litgpt finetune_full` calls them.
+"""Arms `litgpt_padded` and `litgpt_single`: LitGPT's own loop and model, as `litgpt finetune_full` calls them.
 
-It has no packing and no clipping, and keeps its output layer apart from the embedding. A micro-batch is the whole step,
-padded to its longest chat: its default, one chat after the other, weighs chats where the others weigh tokens.
+It has no packing and no clipping, and keeps its output layer apart from the embedding. A step's chats are one batch
+padded to the longest, or, by its default, micro-batches of one chat: then it weighs chats, and the others tokens.
 """
 
 from __future__ import annotations
@@ -125,13 +125,14 @@ def count_losses(measured: meter.Meter) -> None:
     def counted(logits: Any, targets: Tensor, **how: Any) -> Tensor:
         loss = stock(logits, targets, **how)
         if torch.is_grad_enabled():
-            measured.saw(int((targets != -100).sum()), loss.detach())
+            tokens = int((targets != -100).sum())
+            measured.saw(tokens, loss.detach() * tokens)
         return loss
 
     full.chunked_cross_entropy = counted
 
 
-def train(rows: TokenRows, folder: Path, steps: int) -> None:
+def train(rows: TokenRows, folder: Path, steps: int, single: bool) -> None:
     """Call `finetune_full` with the settings that all arms have."""
     full.setup(
         folder,
@@ -140,10 +141,10 @@ def train(rows: TokenRows, folder: Path, steps: int) -> None:
         data=Rows(rows),
         train=TrainArgs(
             global_batch_size=rows.per_step,
-            micro_batch_size=rows.per_step,
+            micro_batch_size=1 if single else rows.per_step,
             lr_warmup_steps=1,  # it cannot be 0; a cosine over 10 epochs is as good as constant here
             epochs=10,
-            log_interval=10,
+            log_interval=10 * rows.per_step if single else 10,  # in micro-batches
             save_interval=None,
         ),
         eval=EvalArgs(interval=steps + 1, max_new_tokens=1, max_iters=1),
@@ -156,14 +157,14 @@ def train(rows: TokenRows, folder: Path, steps: int) -> None:
 
 def main() -> None:
     """Train and report."""
-    given = meter.arguments(__doc__, "litgpt")
+    given = meter.arguments(__doc__, "litgpt_padded", "litgpt_single")
     CountedAdamW.measured = measured = meter.Meter(given)
     count_losses(measured)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         convert(given.workload / "model", folder)
         try:
-            train(TokenRows.load(given.workload), folder, measured.last)
+            train(TokenRows.load(given.workload), folder, measured.last, given.arm == "litgpt_single")
         except Done:
             measured.report("litgpt", "lightning")
 

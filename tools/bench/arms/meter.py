@@ -12,7 +12,6 @@ import resource
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,19 +48,24 @@ class Meter:
         self.arm: str = given.arm
         self.warmup: int = given.warmup
         self.last: int = given.warmup + given.steps
-        self._tokens: list[int] = []
-        self._losses: list[Any] = []
+        self._tokens = 0
+        self._open: list[tuple[int, Tensor]] = []
+        self._losses: list[Tensor] = []
         self._marks: dict[int, tuple[float, int]] = {}
 
-    def saw(self, tokens: int, loss: Tensor | float) -> None:
-        """Note a batch that was trained on: its labelled tokens and their mean loss, which is not read here."""
-        self._tokens.append(tokens)
-        self._losses.append(loss)
+    def saw(self, tokens: int, nats: Tensor) -> None:
+        """Note a micro-batch that was trained on: its labelled tokens and the sum of their loss, not read here."""
+        self._tokens += tokens
+        self._open.append((tokens, nats))
 
     def passed(self, steps: int) -> None:
         """Say that so many optimizer steps are complete, always at the same place of the loop."""
+        if self._open:
+            tokens, nats = zip(*self._open, strict=True)
+            self._losses.append(torch.stack(nats).sum() / sum(tokens))
+            self._open = []
         if steps in (self.warmup, self.last) and steps not in self._marks:
-            self._marks[steps] = (cpu_seconds(), len(self._tokens))
+            self._marks[steps] = (cpu_seconds(), self._tokens)
 
     def report(self, *packages: str) -> None:
         """Print the line.
@@ -73,7 +77,7 @@ class Meter:
         found = {
             "arm": self.arm,
             "steps": self.last - self.warmup,
-            "useful_tokens": sum(self._tokens[first:last]),
+            "useful_tokens": last - first,
             "cpu_seconds": ended - began,
             "process_cpu_seconds": cpu_seconds(),
             "peak_rss_mib": _peak_rss_mib(),
