@@ -15,7 +15,18 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-TABLES = ("previews", "preview_load", "parity")
+TABLES = (
+    "train",
+    "overhead",
+    "loss",
+    "attention",
+    "optimizers",
+    "data_path",
+    "startup",
+    "previews",
+    "preview_load",
+    "parity",
+)
 
 BY_NAME = ("soak",)
 

@@ -1,0 +1,92 @@
+"""Arms `fit` and `fit_previews`: `lightning-trainer fit`, end to end through its command line.
+
+All that is on by default is on: progress bar, TensorBoard, status file, checkpoints, the self-check. `fit` puts the
+previews off to the end of the run, which is behind the counted steps; `fit_previews` leaves them at their interval.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import meter
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from workload import MAX_LENGTH
+
+from lightning_trainer import cli
+
+NEVER = 1_000_000
+
+
+class StepClock(Callback):
+    """Tells a meter of each step.
+
+    Attributes:
+        measured: The meter; one run in a process.
+    """
+
+    measured: meter.Meter
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Everything of the steps before is done, every callback's work with it."""
+        self.measured.passed(trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """One pack is one step."""
+        nats: Any = pl_module.step_nats
+        self.measured.saw(len(batch.targets), nats)
+
+
+def configuration(workload: Path, folder: Path, steps: int, previews: bool) -> dict[str, Any]:
+    """The run's YAML: what the arms have in common, and defaults."""
+    preview: dict[str, Any] = {"class_path": "PreviewCallback"}
+    if not previews:
+        preview["init_args"] = {"every_n_steps": NEVER}
+    return {
+        "model": {
+            "pretrained": str(workload / "model"),
+            "optimizer": {
+                "class_path": "CompensatedAdamW",  # a plain fused AdamW in fp32
+                "init_args": {"lr": meter.LEARNING_RATE, "betas": list(meter.BETAS)},
+            },
+            "lr_scheduler": {"class_path": "WarmupConstant", "init_args": {"warmup_steps": 0}},
+        },
+        "data": {
+            "train_path": str(workload / "chats.jsonl"),
+            "val_fraction": 0,
+            "profile": "Plain",
+            "max_length": MAX_LENGTH,
+            "batch_size": 1,
+            "cache_dir": str(folder / "cache"),
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "precision": "32-true",
+            "max_steps": steps,
+            "default_root_dir": str(folder / "run"),
+            "callbacks": [preview, "StatusFile", "HuggingFaceExport", f"{__name__}.{StepClock.__name__}"],
+        },
+    }
+
+
+def main() -> None:
+    """Train and report."""
+    given = meter.arguments(__doc__, "fit", "fit_previews")
+    StepClock.measured = meter.Meter(given)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        # One step more than are counted: the last one ends where the next begins.
+        run = configuration(given.workload, folder, StepClock.measured.last + 1, given.arm == "fit_previews")
+        (folder / "run.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
+        status = cli.main(["fit", "--config", str(folder / "run.yaml")])
+    if status:
+        raise SystemExit(status)
+    StepClock.measured.report("lightning", "transformers")
+
+
+if __name__ == "__main__":
+    main()
