@@ -14,7 +14,7 @@ import platform
 from importlib import import_module
 from pathlib import Path
 
-TABLES = ()
+TABLES = ("loss", "attention", "optimizers")
 
 
 def main() -> int:
