@@ -14,7 +14,7 @@ import platform
 from importlib import import_module
 from pathlib import Path
 
-TABLES = ("loss", "attention", "optimizers")
+TABLES = ("loss", "attention", "optimizers", "overhead", "data_path", "startup")
 
 
 def main() -> int:

@@ -69,7 +69,8 @@ class Arm:
 
     def difference(self, other: Arm) -> float:
         """Largest distance of hidden states, relative to their size."""
-        assert self.hidden is not None and other.hidden is not None
+        assert self.hidden is not None
+        assert other.hidden is not None
         return float((self.hidden - other.hidden).abs().max() / other.hidden.abs().max())
 
 

@@ -2,8 +2,8 @@
 
 python tools/bench loss [--quick]
 
-Shapes: T 1,024 tokens of which 45 % are trained on, C hidden size 128, V vocabulary 151,936, as Qwen3's. Full logits are
-what a model's own loss does: an output layer over all tokens, fp32, cross entropy that ignores the rest.
+Shapes: T 1,024 tokens of which 45 % are trained on, C hidden size 128, V vocabulary 151,936, as Qwen3's. Full logits
+are what a model's own loss does: an output layer over all tokens, fp32, cross entropy that ignores the rest.
 """
 
 from __future__ import annotations
