@@ -43,3 +43,10 @@ def seconds_of_fit(folder: str) -> float:
     if status:
         raise RuntimeError(f"fit ended with {status}")
     return sum(seconds)
+
+
+def seconds_before_fit() -> float:
+    """Processor's seconds of what `fit` imports before it reads its configuration, in this process."""
+    with timed() as seconds:
+        import_module("lightning_trainer.commands.train")
+    return sum(seconds)

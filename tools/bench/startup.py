@@ -5,7 +5,6 @@ python tools/bench startup [--quick]
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 import tempfile
@@ -27,15 +26,6 @@ def help_seconds() -> float:
     words = [sys.executable, "-m", "lightning_trainer", "--help"]
     subprocess.run(words, env=child.environment(), stdout=subprocess.DEVNULL, check=True)
     return time.perf_counter() - started
-
-
-def imports_before_it() -> float:
-    """Processor's seconds of the interpreter and the modules that `fit` imports before it reads its configuration."""
-    code = "import lightning_trainer.commands.train"
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-c", code], env=child.environment(), check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def write_job(folder: Path) -> None:
@@ -66,9 +56,10 @@ def run(quick: bool) -> list[Row]:
         write_job(Path(name))
         child.call("imports", "seconds_of_fit", name)  # the files are read once before it counts
         whole = tuple(child.call("imports", "seconds_of_fit", name) for _ in range(rounds))
+        first = tuple(child.call("imports", "seconds_before_fit") for _ in range(rounds))
     return [
         Row("lightning-trainer --help", tuple(help_seconds() for _ in range(rounds)), "s", at_most=MOST_HELP),
         Row("imports of fit, processor", whole, "s", at_most=MOST_IMPORTS, note="of a whole run, lazy ones included"),
-        Row("  before it reads its YAML", tuple(imports_before_it() for _ in range(rounds)), "s"),
+        Row("  before it reads its YAML", first, "s"),
         data_path.warm_row(5_000 if quick else 50_000, rounds),
     ]
