@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -115,17 +116,34 @@ class Recipe:
 
 def recipe_hashes(tokenizer: PreTrainedTokenizerBase, profile: DataProfile) -> dict[str, str]:
     """Hashes of tokenizer, chat template and profile (source and options)."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    # Padding and truncation are left out: calling a tokenizer changes them, and none of our calls uses them.
-    rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    vocabulary = json.dumps({k: v for k, v in rules.items() if k not in ("padding", "truncation")}, sort_keys=True)
     options = json.dumps(vars(profile), sort_keys=True, default=str)
     source = profile.version + "".join(_source_of(cls) for cls in type(profile).__mro__[:-1])
     return {
-        "tokenizer": _sha(vocabulary + json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)),
+        "tokenizer": _tokenizer_hash(tokenizer),
         "template": _sha(str(tokenizer.chat_template)),
         "profile": f"{type(profile).__qualname__} {_sha(options + source)}",
     }
+
+
+_TOKENIZER_HASHES: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[tuple[int, str], str]] = WeakKeyDictionary()
+"""Of tokenizers as they were: several splits and the run's fingerprint ask, and a vocabulary takes half a second."""
+
+
+def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    state = (len(tokenizer), json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str))
+    known = _TOKENIZER_HASHES.get(tokenizer)
+    if known is None or known[0] != state:
+        known = _TOKENIZER_HASHES[tokenizer] = (state, _sha(_vocabulary(tokenizer) + state[1]))
+    return known[1]
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    # Padding and truncation, which stand first, are left out: calling a tokenizer changes them, and no call of ours
+    # uses them.
+    return str(backend.to_str()).partition('"added_tokens":')[2]
 
 
 def _source_of(cls: type) -> str:

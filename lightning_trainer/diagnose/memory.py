@@ -174,16 +174,15 @@ def loss_bytes(
     """What the loss holds at its peak, besides the activations.
 
     `full`: the trained tokens' logits, their fp32 log-softmax and its gradient, NV(s + 8); or, later, the gradient of
-    all logits, TVs + NVs. `chunked`: fp32 logits of a chunk; of the output layer a gradient, a fp32 one of the chunk
-    and, under 16 bits, a fp32 copy: torch's `accurate` policy, VC(s + 4 + 4); the gradient of N hidden states. A frozen
-    output layer has none of its gradients.
+    all logits, TVs + NVs. `chunked`: fp32 logits of a chunk, and rounded ones under 16 bits; the output layer's
+    gradient in fp32, VC4, and under 16 bits a chunk's part of it; that of N hidden states. A frozen output layer has
+    none.
     """
     if loss == "full":
         return max(trained * rows * (itemsize + 8), (tokens + trained) * rows * itemsize)
-    copy = 4 if itemsize < 4 else 0
-    if frozen:
-        return CHUNK * rows * (4 + (itemsize if copy else 0)) + trained * hidden * (itemsize + 4)
-    return CHUNK * rows * 4 + rows * hidden * (itemsize + 4 + copy) + trained * hidden * (itemsize + 4)
+    chunk = min(trained, CHUNK) * 4 if itemsize == 4 else min(trained, CHUNK // 2) * (4 + itemsize)
+    layer = 0 if frozen else rows * hidden * (4 + (itemsize if itemsize < 4 else 0))
+    return chunk * rows + layer + trained * hidden * itemsize
 
 
 @dataclass(frozen=True)

@@ -220,13 +220,17 @@ class CausalLMModule(lightning.LightningModule):
             inputs |= attention.packed_arguments(batch.example_lengths, batch.input_ids.device)
         return inputs
 
-    def nats(self, batch: Batch) -> Tensor:
-        """Sum of nats over the trained tokens of a batch; fp32 scalar."""
+    def nats(self, batch: Batch, expected: float = 1.0) -> Tensor:
+        """Sum of nats over the trained tokens of a batch; fp32 scalar.
+
+        Args:
+            expected: What its gradient will be, about.
+        """
         if self.loss_name == "full":
             logits = self(batch).flatten(0, 1)[batch.predict_at]
             return loss.nats_from_logits(logits, batch.targets)
         head = loss.output_layer(self.causal_lm)
-        return loss.nats_chunked(self._hidden(batch), head.weight, head.bias, batch.targets)
+        return loss.nats_chunked(self._hidden(batch), head.weight, head.bias, batch.targets, expected)
 
     def _hidden(self, batch: Batch) -> Tensor:
         """(N, C) hidden states that predict the trained tokens."""
@@ -239,11 +243,12 @@ class CausalLMModule(lightning.LightningModule):
         Lightning divides by the micro-batches of a step and averages over ranks; what it divides by is put on here,
         so gradients add up to the gradient of (all nats) / (all trained tokens), whatever the split.
         """
-        nats = self.nats(batch)
+        share = self.trainer.world_size / batch.step_tokens
+        nats = self.nats(batch, expected=share)
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.step_nats = torch.zeros_like(nats, requires_grad=False)
         self.step_nats = self.step_nats + nats.detach()
-        return nats * (self.trainer.accumulate_grad_batches * self.trainer.world_size / batch.step_tokens)
+        return nats * (self.trainer.accumulate_grad_batches * share)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add up nats and right guesses of one batch."""

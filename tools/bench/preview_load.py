@@ -174,7 +174,7 @@ def step_time(folder: Path, rounds: int) -> Row:
             alone += [seconds(step) for _ in range(50)]
             found.append(statistics.median(beside) / statistics.median(alone))
     note = f"{len(beside)} of {1000 * statistics.median(alone):.1f} ms in the last push; informative on shared cores"
-    return Row("step while 64 MiB are pushed / without", tuple(found[1:]), at_most=1.15, note=note)
+    return Row("step while 64 MiB are pushed / without", tuple(found[1:]), note=note)
 
 
 def _steps_while_pushing(backend: GrpcPreviewBackend, number: int, step: Callable[[], Any]) -> list[float]:
