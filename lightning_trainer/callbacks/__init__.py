@@ -6,6 +6,7 @@ from lightning_trainer.callbacks.find import callbacks_of
 from lightning_trainer.callbacks.finite import NonFiniteError
 from lightning_trainer.callbacks.predict import PredictionWriter
 from lightning_trainer.callbacks.preview import PreviewCallback
+from lightning_trainer.callbacks.progress import RunProgress
 from lightning_trainer.callbacks.self_check import SelfCheck
 from lightning_trainer.callbacks.status import MEASURED, StatusFile
 from lightning_trainer.callbacks.train_log import TrainLog
@@ -18,6 +19,7 @@ __all__ = [
     "PredictionWriter",
     "PreviewCallback",
     "RunCheckpoint",
+    "RunProgress",
     "SelfCheck",
     "StatusFile",
     "StepValidation",

@@ -49,9 +49,21 @@ class TrainLog(Callback):
         self._seconds += time.perf_counter() - self._started
         self._step_tokens = getattr(batch, "step_tokens", 1)
         if due:
-            metrics = self._log(trainer, pl_module)
-            shown = {"train/loss": metrics["train/loss"], "tokens/s": round(metrics["train/tokens_per_second"])}
-            pl_module.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
+            self._log(trainer, pl_module)
+            self._offer(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Callbacks may look at the loss now."""
+        self._offer(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same."""
+        self._offer(trainer)
+
+    def _offer(self, trainer: Trainer) -> None:
+        """Let callbacks that monitor a metric find train/loss, as `self.log` would: that takes 0.2 ms of every step."""
+        if "train/loss" in self.last:
+            trainer.callback_metrics["train/loss"] = torch.tensor(self.last["train/loss"])
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Note the rate this step is made with: once it is made, the scheduler has moved on."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from jsonargparse import lazy_instance
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -21,6 +21,7 @@ from lightning_trainer.callbacks import (
     PredictionWriter,
     PreviewCallback,
     RunCheckpoint,
+    RunProgress,
     SelfCheck,
     StatusFile,
     StepValidation,
@@ -32,6 +33,7 @@ from lightning_trainer.data import ChatDataModule
 from lightning_trainer.engine.checkpoint_io import DirectoryCheckpointIO
 from lightning_trainer.engine.config.config_file import ConfigError
 from lightning_trainer.engine.config.parser import ConfigParser
+from lightning_trainer.engine.empty_hooks import pass_over_empty_hooks
 from lightning_trainer.engine.launcher import leave_sigterm_to_us, use_rank_launcher
 from lightning_trainer.engine.logger import RunLogger
 from lightning_trainer.engine.run_directory import RunDirectory, check_unchanged, rank
@@ -239,6 +241,7 @@ class TrainerCLI(LightningCLI):
             trainer = self._instantiate_trainer({**config, "callbacks": callbacks}, [])
         except (MisconfigurationException, ValueError) as error:
             raise InputError(str(error), key="trainer") from error
+        pass_over_empty_hooks(trainer)
         use_rank_launcher(trainer)
         leave_sigterm_to_us(trainer)
         return trainer
@@ -266,7 +269,9 @@ class TrainerCLI(LightningCLI):
         checks = [SelfCheck()] if self._value("self_check") else []
         description = str(self._value("description"))
         self._record = RunRecord(self.run_directory, self.resolved_config, description, self._run_id)
-        return [*checks, TrainLog(), *given, *always, self._record]
+        has_bar = config["enable_progress_bar"] is False or any(isinstance(c, ProgressBar) for c in given)
+        bar = [] if has_bar or self.subcommand != "fit" else [RunProgress()]
+        return [*checks, TrainLog(), *given, *bar, *always, self._record]
 
     def _share_backend(self, callbacks: list[Callback]) -> None:
         names = [callback.name for callback in callbacks if isinstance(callback, PreviewCallback)]

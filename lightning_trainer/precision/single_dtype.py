@@ -109,9 +109,10 @@ class SingleDtypePrecision(Precision):
         if self.grad_norm is None:
             self.clip_gradients(optimizer)
         assert self.grad_norm is not None
-        skip = ~torch.isfinite(self.grad_norm)
+        seen = self.grad_norm
         if model.trainer.world_size == 1:  # a rank's own loss must not decide alone: the ranks would part ways
-            skip = skip | ~torch.isfinite(getattr(model, "step_nats", loss))
+            seen = seen + getattr(model, "step_nats", loss)  # finite where both are
+        skip = ~torch.isfinite(seen)
         self._count(skip, model.trainer.global_step + 1)
         if not self._moments_audited:
             self._fail(wrong_gradients(model), "after the first backward pass")
