@@ -6,14 +6,16 @@ Training, validation, previews and predictions all come through here, so a promp
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_trainer.types import InputError, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Result = TypeVar("Result")
 
 TEMPLATE_KEYS = ("tools", "documents")
 """What a row may hand to its chat template besides `messages`."""
@@ -66,20 +68,64 @@ def render(
     return checked(str(text))
 
 
-def marked_token_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], extras: dict[str, Any] | None = None
-) -> tuple[list[int], list[int]]:
-    """Token ids of a conversation, and 1 for each that lies within the template's `{% generation %}` marks.
+def render_all(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[dict[str, Any]], add_generation_prompt: bool = False
+) -> list[str | ValueError]:
+    """As `render` of each conversation; what refuses one stands in its place."""
 
-    Raises:
-        ValueError: The template refuses the conversation.
-    """
-    render(tokenizer, messages, extras)  # says what is wrong with the text itself
-    with _refusals():
-        out: Any = tokenizer.apply_chat_template(
-            list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **(extras or {})
+    def together(given: list[list[Message]], extras: dict[str, Any]) -> list[str]:
+        texts: Any = tokenizer.apply_chat_template(
+            given, tokenize=False, add_generation_prompt=add_generation_prompt, **extras
         )
-    return list(out["input_ids"]), list(out["assistant_masks"])
+        return [checked(text) for text in texts]
+
+    return _in_one_call(conversations, together)
+
+
+def marked_token_ids(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[dict[str, Any]]
+) -> list[tuple[list[int], list[int]] | ValueError]:
+    """Token ids of each conversation, and 1 for each that lies within the template's `{% generation %}` marks.
+
+    What refuses a conversation stands in its place.
+    """
+
+    def together(given: list[list[Message]], extras: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
+        out: Any = tokenizer.apply_chat_template(
+            given, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **extras
+        )
+        return list(zip(out["input_ids"], out["assistant_masks"], strict=True))
+
+    return _in_one_call(conversations, together)
+
+
+def _in_one_call(
+    conversations: Sequence[dict[str, Any]], act: Callable[[list[list[Message]], dict[str, Any]], list[Result]]
+) -> list[Result | ValueError]:
+    """What `act` makes of conversations: of those without extras in one call, unless that is refused; else of each."""
+    plain = [place for place, conversation in enumerate(conversations) if not extras_of(conversation)]
+    made: dict[int, Result | ValueError] = {}
+    if plain:
+        with suppress(ValueError), _refusals():
+            made = dict(zip(plain, act([list(conversations[place]["messages"]) for place in plain], {}), strict=True))
+    for place, conversation in enumerate(conversations):
+        if place not in made:
+            try:
+                with _refusals():
+                    [made[place]] = act([list(conversation["messages"])], extras_of(conversation))
+            except ValueError as error:
+                made[place] = _in_words(error)
+    return [made[place] for place in range(len(conversations))]
+
+
+def _in_words(error: ValueError) -> ValueError:
+    """A tokenizer's complaint of half a surrogate pair, as `checked` says it."""
+    if isinstance(error, UnicodeEncodeError):
+        try:
+            checked(error.object)
+        except ValueError as worded:
+            return worded
+    return error
 
 
 @contextmanager

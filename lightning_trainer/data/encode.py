@@ -13,8 +13,9 @@ Trained are the assistant's turns with their end-of-turn token, found by structu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,7 +42,7 @@ class Encoded:
     trained: list[int]
     turn_ends: tuple[int, ...]
 
-    @property
+    @cached_property
     def trained_tokens(self) -> int:
         """How many tokens are trained on."""
         return sum(self.trained)
@@ -85,36 +86,66 @@ class Encoder:
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[list[Encoded] | ValueError]:
         """Rows of each conversation, in order; the error in its place where a conversation cannot be encoded."""
-        results: list[list[Encoded] | ValueError] = []
-        rows: list[list[_Piece]] = []
-        places: list[int] = []
-        for place, conversation in enumerate(conversations):
-            try:
-                if self._marked and self.loss_on == "assistant" and "text" not in conversation:
-                    results.append([self._by_marks(conversation)])
-                    continue
-                found = self._rows_of_text(conversation)
-                results.append([])
-                rows += found
-                places += [place] * len(found)
-            except ValueError as error:
-                results.append(error)
-        for place, row in zip(places, self._tokenise(rows), strict=True):
+        results: list[list[Encoded] | ValueError] = [[] for _ in conversations]
+        turns = [place for place, conversation in enumerate(conversations) if self._has_turns(conversation)]
+        chosen = [conversations[place] for place in turns]
+        if self._marked:
+            for place, found in zip(turns, template.marked_token_ids(self.tokenizer, chosen), strict=True):
+                results[place] = found if isinstance(found, ValueError) else [_by_marks(*found)]
+            turns, chosen = [], []
+        made = dict(zip(turns, self._rows_of_turns(chosen), strict=True))
+        made |= {n: self._row_of_text(c) for n, c in enumerate(conversations) if not self._has_turns(c)}
+        rows: list[tuple[int, list[_Piece]]] = []
+        for place, pieces in sorted(made.items()):
+            if isinstance(pieces, ValueError):
+                results[place] = pieces
+            else:
+                rows += [(place, row) for row in pieces]
+        for (place, _), encoded in zip(rows, self._tokenise([row for _, row in rows]), strict=True):
             done = results[place]
             assert isinstance(done, list)
-            done.append(row)
+            done.append(encoded)
         return results
 
-    def _rows_of_text(self, conversation: Conversation) -> list[list[_Piece]]:
-        if "text" in conversation:
-            return [[_Piece(template.checked(str(conversation["text"])), "text")]]
-        messages, extras = conversation["messages"], template.extras_of(conversation)
-        if self.loss_on == "all":
-            return [self._whole_row(messages, extras)]
+    def _has_turns(self, conversation: Conversation) -> bool:
+        return self.loss_on == "assistant" and "text" not in conversation
+
+    def _row_of_text(self, conversation: Conversation) -> list[list[_Piece]] | ValueError:
+        """One row, trained whole."""
+        try:
+            if "text" in conversation:
+                return [[_Piece(template.checked(str(conversation["text"])), "text")]]
+            return [self._whole_row(conversation["messages"], template.extras_of(conversation))]
+        except ValueError as error:
+            return error
+
+    def _rows_of_turns(self, conversations: Sequence[Conversation]) -> Iterator[list[list[_Piece]] | ValueError]:
+        """Of each conversation its rows, or why there are none; all of them are rendered in two calls."""
+        asked = [
+            ({**conversation, "messages": conversation["messages"][:end]}, end)
+            for conversation in conversations
+            for end in _ends_of_turns(conversation["messages"])
+            if end > 1
+        ]
+        prompts = [{**part, "messages": part["messages"][:-1]} for part, _ in asked]
+        wholes = iter(template.render_all(self.tokenizer, [part for part, _ in asked]))
+        begun = iter(template.render_all(self.tokenizer, prompts, add_generation_prompt=True))
+        for conversation in conversations:
+            ends = _ends_of_turns(conversation["messages"])
+            texts = [(next(begun), next(wholes)) for end in ends if end > 1]
+            try:
+                if ends[:1] == [1]:
+                    raise ValueError("the conversation starts with the assistant: there is no prompt to answer")
+                yield self._rows_of(texts)
+            except ValueError as error:
+                yield error
+
+    def _rows_of(self, texts: Sequence[tuple[str | ValueError, str | ValueError]]) -> list[list[_Piece]]:
+        """From the text up to each answer, and with it."""
         rows: list[list[_Piece]] = []
         so_far = ""
-        for end in _ends_of_turns(messages):
-            prompt, answer = self._turn(messages[:end], extras)
+        for turn in texts:
+            prompt, answer = _turn(*turn)
             if rows and prompt.startswith(so_far):
                 rows[-1] += [_Piece(prompt[len(so_far) :], "no"), _Piece(answer, "turn")]
             else:
@@ -123,16 +154,6 @@ class Encoder:
         if not rows:
             raise ValueError("trains nothing: there is no assistant turn")
         return rows
-
-    def _turn(self, messages: Sequence[Any], extras: dict[str, Any]) -> tuple[str, str]:
-        """Text of the prompt and of the answer of the last message, an assistant's."""
-        if len(messages) == 1:
-            raise ValueError("the conversation starts with the assistant: there is no prompt to answer")
-        prompt = template.render(self.tokenizer, messages[:-1], extras, add_generation_prompt=True)
-        whole = template.render(self.tokenizer, messages, extras)
-        if not whole.startswith(prompt):
-            raise ValueError("the chat template renders an answer that does not follow from its own prompt")
-        return prompt, whole[len(prompt) :]
 
     def _whole_row(self, messages: Sequence[Any], extras: dict[str, Any]) -> list[_Piece]:
         """All of a conversation, in pieces that end where a turn does: there a long row may be cut."""
@@ -196,12 +217,21 @@ class Encoder:
     def _begins_texts_with(self, token: int) -> bool:
         return list(self.tokenizer("a")["input_ids"])[:1] == [token]
 
-    def _by_marks(self, conversation: Conversation) -> Encoded:
-        ids, marks = template.marked_token_ids(
-            self.tokenizer, conversation["messages"], template.extras_of(conversation)
-        )
-        ends = tuple(i + 1 for i in range(len(marks)) if marks[i] and not (i + 1 < len(marks) and marks[i + 1]))
-        return _first_untrained(ids, marks, ends)
+
+def _turn(prompt: str | ValueError, whole: str | ValueError) -> tuple[str, str]:
+    """Text of a prompt and of its answer."""
+    if isinstance(prompt, ValueError):
+        raise prompt
+    if isinstance(whole, ValueError):
+        raise whole
+    if not whole.startswith(prompt):
+        raise ValueError("the chat template renders an answer that does not follow from its own prompt")
+    return prompt, whole[len(prompt) :]
+
+
+def _by_marks(ids: list[int], marks: list[int]) -> Encoded:
+    ends = tuple(i + 1 for i in range(len(marks)) if marks[i] and not (i + 1 < len(marks) and marks[i + 1]))
+    return _first_untrained(ids, marks, ends)
 
 
 def _ends_of_turns(messages: Sequence[Any]) -> list[int]:

@@ -212,9 +212,11 @@ def _text(value: Any, key: str) -> str:
 
 def _check_encodable(text: str, where: str) -> None:
     """A lone surrogate is valid JSON but no tokenizer takes it."""
-    bad = next((character for character in text if "\ud800" <= character <= "\udfff"), None)
-    if bad is not None:
-        raise ValueError(f"{where} holds half of a cut emoji, {bad!a}; write the file anew as UTF-8")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        bad = error.object[error.start]
+        raise ValueError(f"{where} holds half of a cut emoji, {bad!a}; write the file anew as UTF-8") from error
 
 
 def _template_extras(row: Row) -> dict[str, Any]:

@@ -167,8 +167,8 @@ def test_a_nonfinite_step_is_not_applied_and_ends_the_run(
 
     original = CausalLMModule.nats
 
-    def poisoned(module: CausalLMModule, batch: Any) -> Any:
-        return original(module, batch) * (float("nan") if module.trainer.global_step == 4 else 1.0)
+    def poisoned(module: CausalLMModule, batch: Any, **more: Any) -> Any:
+        return original(module, batch, **more) * (float("nan") if module.trainer.global_step == 4 else 1.0)
 
     monkeypatch.setattr(CausalLMModule, "nats", poisoned)
     config = job(trainer={"precision": precision, "log_every_n_steps": 3}, checkpoint={"every_n_train_steps": 2})

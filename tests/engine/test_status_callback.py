@@ -197,8 +197,8 @@ def test_a_loss_that_is_not_finite_crashes_with_the_step_before(
 
     original = CausalLMModule.nats
 
-    def poisoned(module: CausalLMModule, batch: Any) -> Any:
-        return original(module, batch) * (float("nan") if module.trainer.global_step == 2 else 1.0)
+    def poisoned(module: CausalLMModule, batch: Any, **more: Any) -> Any:
+        return original(module, batch, **more) * (float("nan") if module.trainer.global_step == 2 else 1.0)
 
     monkeypatch.setattr(CausalLMModule, "nats", poisoned)
     assert fit(job(trainer={"callbacks": [STATUS]})) == 1
