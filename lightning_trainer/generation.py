@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lightning_trainer.logits_rules import LARGEST_SCORE
+from lightning_trainer.logits_rules import bounded
 from lightning_trainer.types import PROMPTS_PER_BATCH, FinishReason, PreviewRequest, SamplingParams, seed_of_batch
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class _FiniteGuard:
         bad = ~torch.isfinite(scores).all(dim=-1)
         self.broken = self.broken.to(scores.device) | bad
         # Clamped, so that dividing by the temperature leaves it finite: on a GPU, drawing from NaN ends the process.
-        return torch.where(bad[:, None], torch.zeros_like(scores), scores.clamp(-LARGEST_SCORE, LARGEST_SCORE))
+        return torch.where(bad[:, None], torch.zeros_like(scores), bounded(scores, scores.dtype))
 
 
 class _Watcher:

@@ -28,6 +28,12 @@ LARGEST_SCORE = 1e30
 """In size: divided by the least temperature it is still finite, and so is what is drawn from."""
 
 
+def bounded(scores: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scores that `dtype` can hold, and no larger than may be drawn from."""
+    most = min(LARGEST_SCORE, torch.finfo(dtype).max)
+    return scores.clamp(-most, most)
+
+
 class RuleProcessor:
     """Applies each row's own rules; also fits transformers' `generate(logits_processor=[...])`."""
 
@@ -197,8 +203,7 @@ def _index(token_ids: Sequence[int], label: str, scores: Tensor) -> Tensor:
 def _changed(scores: Tensor, ids: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     """The scores with `change` made at `ids`, in fp32 and clamped: in fp16, -6e4 - 1e4 would become -inf."""
     old = scores[ids]
-    most = min(LARGEST_SCORE, torch.finfo(scores.dtype).max)
     wide = old.to(torch.promote_types(scores.dtype, torch.float32))
-    new = change(wide).clamp(-most, most).to(scores.dtype)
+    new = bounded(change(wide), scores.dtype).to(scores.dtype)
     # What was infinite (already ruled out by someone else) stays as it was.
     return scores.index_copy(0, ids, torch.where(old.isfinite(), new, old))

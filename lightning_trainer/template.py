@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
+AT_ONCE = 64
+"""Conversations in one call: where one is refused, these are done again one by one."""
+
 TEMPLATE_KEYS = ("tools", "documents")
 """What a row may hand to its chat template besides `messages`."""
 
@@ -79,7 +82,7 @@ def render_all(
         )
         return [checked(text) for text in texts]
 
-    return _in_one_call(conversations, together)
+    return _together(conversations, together)
 
 
 def marked_token_ids(
@@ -96,13 +99,21 @@ def marked_token_ids(
         )
         return list(zip(out["input_ids"], out["assistant_masks"], strict=True))
 
-    return _in_one_call(conversations, together)
+    return _together(conversations, together)
+
+
+def _together(
+    conversations: Sequence[dict[str, Any]], act: Callable[[list[list[Message]], dict[str, Any]], list[Result]]
+) -> list[Result | ValueError]:
+    """What `act` makes of conversations, AT_ONCE of them at a time."""
+    starts = range(0, len(conversations), AT_ONCE)
+    return [made for start in starts for made in _in_one_call(conversations[start : start + AT_ONCE], act)]
 
 
 def _in_one_call(
     conversations: Sequence[dict[str, Any]], act: Callable[[list[list[Message]], dict[str, Any]], list[Result]]
 ) -> list[Result | ValueError]:
-    """What `act` makes of conversations: of those without extras in one call, unless that is refused; else of each."""
+    """The same in one call for those without extras, unless that is refused; else one by one."""
     plain = [place for place, conversation in enumerate(conversations) if not extras_of(conversation)]
     made: dict[int, Result | ValueError] = {}
     if plain:

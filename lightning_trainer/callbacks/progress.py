@@ -21,15 +21,30 @@ class RunProgress(RichProgressBar):
     def __init__(self) -> None:
         super().__init__(refresh_rate=REDRAWS)
         self._drawn = 0.0
+        self._last: tuple[Any, Any, int] | None = None
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """Micro-batches of the epoch; fewer where max_steps comes before its end. Lightning takes steps for them."""
+        trainer = self.trainer
+        every, most = trainer.num_training_batches, trainer.max_steps * trainer.accumulate_grad_batches
+        return every if most < 0 else min(every, most)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Move on, a few times a second and at the end of the epoch."""
-        now = time.monotonic()
+        now, self._last = time.monotonic(), (outputs, batch, batch_idx)
         if now - self._drawn >= 1 / REDRAWS or batch_idx + 1 == self.total_train_batches:
-            self._drawn = now
+            self._drawn, self._last = now, None
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Where a run ends in the middle of an epoch, the bar shows it."""
+        if self._last is not None:
+            super().on_train_batch_end(trainer, pl_module, *self._last)
+            self._last = None
+        super().on_train_epoch_end(trainer, pl_module)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """What stands behind the bar."""

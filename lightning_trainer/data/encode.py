@@ -24,6 +24,9 @@ from lightning_trainer import template
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+GROUP_CHARACTERS = 1 << 24
+"""Of the texts that are rendered before the first of them is cut into pieces."""
+
 LossOn = Literal["assistant", "all"]
 Conversation = dict[str, Any]
 
@@ -120,7 +123,11 @@ class Encoder:
             return error
 
     def _rows_of_turns(self, conversations: Sequence[Conversation]) -> Iterator[list[list[_Piece]] | ValueError]:
-        """Of each conversation its rows, or why there are none; all of them are rendered in two calls."""
+        """Of each conversation its rows, or why there are none; many are rendered at a time."""
+        for group in _groups(conversations):
+            yield from self._rows_of_group(group)
+
+    def _rows_of_group(self, conversations: Sequence[Conversation]) -> Iterator[list[list[_Piece]] | ValueError]:
         asked = [
             ({**conversation, "messages": conversation["messages"][:end]}, end)
             for conversation in conversations
@@ -216,6 +223,21 @@ class Encoder:
 
     def _begins_texts_with(self, token: int) -> bool:
         return list(self.tokenizer("a")["input_ids"])[:1] == [token]
+
+
+def _groups(conversations: Sequence[Conversation]) -> Iterator[list[Conversation]]:
+    """Conversations whose rendered texts, which repeat what comes before each turn, fit together into memory."""
+    group: list[Conversation] = []
+    size = 0
+    for conversation in conversations:
+        messages = conversation["messages"]
+        size += len(messages) * sum(len(str(message.get("content"))) for message in messages)
+        group.append(conversation)
+        if size > GROUP_CHARACTERS:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def _turn(prompt: str | ValueError, whole: str | ValueError) -> tuple[str, str]:

@@ -9,6 +9,7 @@ import os
 import random
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -66,17 +67,18 @@ def remembered_bound(folder: Path, files: list[Source], seed: int, fraction: flo
         folder: Where it is remembered.
         keep: Whether it is written there, should it not be there yet.
     """
-    key = [STORE_FORMAT, [source.digest() for source in files], seed, fraction, max_rows]
+    key = [STORE_FORMAT, [(source.name, source.digest()) for source in files], seed, fraction, max_rows]
     path = folder / f"bound-{_sha(json.dumps(key))[:40]}.json"
     try:
         return int(json.loads(path.read_text(encoding="ascii")))
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError, TypeError):  # not there yet, or of somebody else
         bound = validation_bound(files, seed, fraction, max_rows)
     if keep:
-        folder.mkdir(parents=True, exist_ok=True)
-        tmp = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
-        tmp.write_text(json.dumps(bound), encoding="ascii")
-        os.replace(tmp, path)
+        with suppress(OSError):  # a cache that others filled may be read-only; then the rows are read each time
+            folder.mkdir(parents=True, exist_ok=True)
+            tmp = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+            tmp.write_text(json.dumps(bound), encoding="ascii")
+            os.replace(tmp, path)
     return bound
 
 

@@ -23,6 +23,7 @@ from lightning_trainer.diagnose.check_model import empty_model, model_facts, run
 from lightning_trainer.diagnose.check_run import RunFacts, run_facts
 from lightning_trainer.diagnose.check_screen import screen
 from lightning_trainer.model import CausalLMModule
+from lightning_trainer.model.muon import outer_matrices
 from lightning_trainer.model.optimizer_check import loses_nothing
 from lightning_trainer.model.schedule import set_rate
 from lightning_trainer.types import InputError
@@ -92,8 +93,10 @@ def examine(module: CausalLMModule, data: ChatDataModule, trainer: Trainer) -> R
 
 
 def _largest(model: PreTrainedModel) -> int:
-    """Weights of the largest tensor that is trained."""
-    return max((p.numel() for p in model.parameters() if p.requires_grad), default=0)
+    """Weights of the largest matrix between hidden states that is trained."""
+    outer = set(outer_matrices(model))
+    inner = (p.numel() for p in model.parameters() if p.requires_grad and p.ndim == 2 and p not in outer)
+    return max(inner, default=0)
 
 
 def _trained(train: Rows, run: RunFacts) -> int:

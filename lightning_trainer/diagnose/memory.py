@@ -207,7 +207,7 @@ def optimizer_bytes(optimizer: Optimizer, trained: int, dtype: torch.dtype, larg
         optimizer: Of that one weight, as `asked_weight` makes it; it is stepped.
         trained: Weights trained in the run.
         dtype: Of the run.
-        largest: Weights of the largest tensor among them.
+        largest: Weights of the largest matrix between hidden states among them, which Muon takes at once.
     """
     weight: Tensor = optimizer.param_groups[0]["params"][0]
     weight.grad = torch.zeros_like(weight)
@@ -227,7 +227,7 @@ def asked_weight(dtype: torch.dtype) -> torch.nn.Parameter:
 def _update_bytes(optimizer: Optimizer, trained: int, dtype: torch.dtype, largest: int) -> int:
     if isinstance(optimizer, CompensatedMuon):
         # of one matrix: fp32 weight, gradient and momentum, the first and last twice, and Newton-Schulz in bf16
-        return largest * (5 * 4 + 4 * 2)
+        return max(largest * (5 * 4 + 4 * 2), min(BUCKET, trained) * (16 if dtype == torch.bfloat16 else 0))
     if isinstance(optimizer, CompensatedAdamW):
         # fp32 copies of weight, gradient and two moments; under 16-true the moments are fp32 themselves.
         copies = {torch.bfloat16: 16, torch.float16: 8}.get(dtype, 0)

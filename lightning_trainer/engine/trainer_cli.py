@@ -43,6 +43,7 @@ from lightning_trainer.precision import SingleDtypePrecision
 from lightning_trainer.precision.single_dtype import DTYPES, DtypeError, refusal
 from lightning_trainer.pretrained import check_tokenizer_fits, load_config
 from lightning_trainer.preview import GrpcPreviewBackend, LocalPreviewBackend, PreviewBackend
+from lightning_trainer.rpc.security import parse_address
 from lightning_trainer.types import InputError
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -283,22 +284,11 @@ class TrainerCLI(LightningCLI):
             )
         backend = self._get(self.config_init, "preview_backend")
         for callback in callbacks:
-            self._refuse_same_worker(getattr(callback, "backend", None), backend)
             if getattr(callback, "backend", backend) is None:
                 callback.backend = backend  # type: ignore[attr-defined]
             if isinstance(own := getattr(callback, "backend", None), PreviewBackend):
                 own.run_id = self._run_id
-
-    @staticmethod
-    def _refuse_same_worker(own: Any, shared: Any) -> None:
-        """One run is one to a worker: two backends would take its weights from each other."""
-        both = isinstance(own, GrpcPreviewBackend) and isinstance(shared, GrpcPreviewBackend)
-        if both and own is not shared and own.address == shared.address:
-            raise InputError(
-                f"a callback's own `backend` and the run's preview_backend are one worker, {own.address}: leave the "
-                "callback's out, then they share it",
-                key="trainer.callbacks",
-            )
+        _refuse_same_worker([getattr(callback, "backend", None) for callback in callbacks])
 
     def after_instantiate_classes(self) -> None:
         """Give the data module what belongs to the run; refuse to go on with other data, before it is tokenised."""
@@ -378,3 +368,16 @@ def _is_from_lightning(error: BaseException) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("lightning.")
+
+
+def _refuse_same_worker(backends: list[Any]) -> None:
+    """One run is one to a worker: two backends would take its weights from each other."""
+    remote = list(dict.fromkeys(backend for backend in backends if isinstance(backend, GrpcPreviewBackend)))
+    targets = [parse_address(backend.address).target for backend in remote]
+    twice = next((target for target in targets if targets.count(target) > 1), None)
+    if twice is not None:
+        raise InputError(
+            f"two preview backends of this run are one worker, {twice}: give callbacks no `backend` of their own, then "
+            "they share the run's",
+            key="trainer.callbacks",
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from lightning_trainer import pretrained as hub
 from lightning_trainer.adapters import LoraSettings
 from lightning_trainer.lock import Lock, check_model, facts_of_model
 from lightning_trainer.model import attention, loss, probe
-from lightning_trainer.model.muon import CompensatedMuon
+from lightning_trainer.model.muon import CompensatedMuon, outer_matrices
 from lightning_trainer.model.optim import CompensatedAdamW
 from lightning_trainer.model.optimizer_check import check_optimizer
 from lightning_trainer.model.schedule import StepSchedule, WarmupCosine
@@ -244,7 +243,7 @@ class CausalLMModule(lightning.LightningModule):
         so gradients add up to the gradient of (all nats) / (all trained tokens), whatever the split.
         """
         share = self.trainer.world_size / batch.step_tokens
-        nats = self.nats(batch, expected=share)
+        nats = self.nats(batch, expected=share * getattr(self.trainer.precision_plugin, "scale", 1.0))
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.step_nats = torch.zeros_like(nats, requires_grad=False)
         self.step_nats = self.step_nats + nats.detach()
@@ -310,7 +309,7 @@ class CausalLMModule(lightning.LightningModule):
             raise InputError(str(error), key="model.optimizer") from error
         check_optimizer(optimizer, self.adapter_dtype or self._run_dtype())
         if isinstance(optimizer, CompensatedMuon):
-            optimizer.leave_to_adamw(self._outer_matrices())
+            optimizer.leave_to_adamw(outer_matrices(self.causal_lm))
         try:
             scheduler = self.make_scheduler(optimizer)
         except (ValueError, TypeError) as error:
@@ -319,12 +318,6 @@ class CausalLMModule(lightning.LightningModule):
             self._fit_schedule(scheduler)
         self._fresh = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _outer_matrices(self) -> Iterator[Tensor]:
-        """Those of embeddings and output layer, adapters of them included."""
-        for end in (self.causal_lm.get_input_embeddings(), self.causal_lm.get_output_embeddings()):
-            if end is not None:
-                yield from end.parameters()
 
     def _fit_schedule(self, scheduler: StepSchedule) -> None:
         steps = self.trainer.estimated_stepping_batches

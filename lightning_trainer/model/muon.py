@@ -7,14 +7,17 @@ arithmetic of both is torch's own; how bf16 weights lose no update stands in `op
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim._muon import muon  # torch.optim.Muon's own arithmetic, which has no public name
 
 from lightning_trainer.model.optim import CompensatedAdamW, Piece, store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NEWTON_SCHULZ: dict[str, Any] = {"ns_coefficients": (3.4445, -4.775, 2.0315), "ns_steps": 5, "eps": 1e-7}
 """As torch.optim.Muon has them."""
@@ -90,6 +93,12 @@ class CompensatedMuon(CompensatedAdamW):
         store(Piece(param, param.grad, state), weight)
         state["momentum_buffer"].copy_(buffer)
 
+    def _state_names(self, param: Tensor) -> set[str]:
+        """See CompensatedAdamW."""
+        if not self.is_muons(param):
+            return super()._state_names(param)
+        return {"momentum_buffer"} | ({"low_bits"} if param.dtype == torch.bfloat16 else set())
+
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[param]
         if not self.is_muons(param) or state:
@@ -98,3 +107,11 @@ class CompensatedMuon(CompensatedAdamW):
         if param.dtype == torch.bfloat16:
             state["low_bits"] = torch.zeros_like(param, dtype=torch.int16)
         return state
+
+
+def outer_matrices(model: PreTrainedModel) -> Iterator[Tensor]:
+    """Those of embeddings, learned positions among them, and of the output layer; adapters of them included."""
+    head = model.get_output_embeddings()
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    for part in (*tables, model.get_input_embeddings(), *([] if head is None else [head])):
+        yield from part.parameters()

@@ -126,6 +126,10 @@ class CompensatedAdamW(Optimizer):
                 state["low_bits"] = torch.zeros_like(param, dtype=torch.int16)
         return state
 
+    def _state_names(self, param: Tensor) -> set[str]:
+        """What is kept of a parameter."""
+        return {"step", "exp_avg", "exp_avg_sq"} | ({"low_bits"} if param.dtype == torch.bfloat16 else set())
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a saved state with the dtypes it was saved in.
 
@@ -136,10 +140,11 @@ class CompensatedAdamW(Optimizer):
         mine = chain.from_iterable(group["params"] for group in self.param_groups)
         for number, param in zip(saved, mine, strict=True):
             values = state_dict["state"].get(number, {})
-            if values and param.dtype == torch.bfloat16 and "low_bits" not in values:
+            if values and values.keys() != self._state_names(param):
                 raise InputError(
-                    "the optimizer state has no low_bits: it is another optimizer's or another precision's; start from "
-                    "the checkpoint's weights (model.pretrained: CHECKPOINT) instead of resuming",
+                    f"the optimizer state of a weight has {', '.join(sorted(values))} where {type(self).__name__} has "
+                    f"{', '.join(sorted(self._state_names(param)))}: it is another optimizer's or another precision's; "
+                    "start from the checkpoint's weights (model.pretrained: CHECKPOINT) instead of resuming",
                     key="ckpt_path",
                 )
             for name, value in values.items():

@@ -1,7 +1,7 @@
 """Kernels that take rows of unequal lengths, laid end to end, in one launch: flash attention, of torch or flash-attn.
 
-They compute in 16 bits, on CUDA, with heads of up to 256 numbers, and add up gradients in no fixed order. Where one of
-these does not suit a run, None says so.
+They compute in 16 bits, on CUDA devices from Ampere on, with heads of some sizes, and add gradients up in no fixed
+order. Where one of these does not suit a run, None says so.
 
 Shapes: T tokens of all rows, H query heads, K key/value heads, D head dimension, N rows.
 """
@@ -18,7 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOST_HEAD_NUMBERS = 256
+LEAST_CAPABILITY = (8, 0)
+"""Of the device: Ampere."""
+
+
+def takes_heads_of(numbers: int) -> bool:
+    """Whether heads of so many numbers are taken, backward included, on every device; none is padded here."""
+    return numbers % 8 == 0 and numbers <= 256 and not 192 < numbers <= 224
 
 
 @dataclass(frozen=True)
@@ -55,12 +61,20 @@ def kernel_for(query: Tensor, value: Tensor, dropout: float) -> Kernel | None:
         value: (1, K, T, D).
         dropout: Of the attention weights.
     """
-    fits = query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] == value.shape[-1] <= MOST_HEAD_NUMBERS
+    heads = query.shape[-1] == value.shape[-1] and takes_heads_of(query.shape[-1])
+    fits = heads and query.dtype in (torch.bfloat16, torch.float16)
     if query.device.type != "cuda" or not fits or torch.are_deterministic_algorithms_enabled():
+        return None
+    if _capability(query.device) < LEAST_CAPABILITY:
         return None
     if dropout:  # known to flash-attn alone, whose random numbers a checkpoint does not hold
         return None
     return _kernel()
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @cache

@@ -105,7 +105,8 @@ class Dispatcher:
 
     def quit(self) -> NoReturn:
         """End at once; the worker is free for another run, and what it holds half of is given up."""
-        self._pusher.ends = True
+        if self._breaker.state != "off":  # else there may be no pusher
+            self._pusher.ends = True
         if self._breaker.state == "closed":
             with contextlib.suppress(CallFailed):  # its lease ends by itself, only later
                 self._pusher.release()

@@ -66,6 +66,10 @@ class Counters:
         return {**asdict(self), "pending": self.pending}
 
 
+MOST_ASKERS = 64
+"""Whose turns are remembered."""
+
+
 class Mailbox:
     """Jobs and the slots their weights lie in.
 
@@ -110,7 +114,7 @@ class Mailbox:
             Jobs that waited, and give way.
         """
         replaced, self.waiting = self.waiting, []  # now: should the copy fail, the slot holds two steps
-        self._gave_way += [job.asker for job in replaced if job.asker not in self._gave_way]
+        self._gave_way = list(dict.fromkeys([*self._gave_way, *(job.asker for job in replaced)]))[-MOST_ASKERS:]
         self._fresh = None
         self.slots[slot].fill(tensors)
         self._fresh = (step, slot)

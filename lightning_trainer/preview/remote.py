@@ -111,6 +111,7 @@ class GrpcPreviewBackend(PreviewBackend):
         except BaseException:
             for slot in slots:
                 slot.close()
+            super().close()
             raise
         self._owner = os.getpid()
         atexit.register(self.close)

@@ -34,7 +34,7 @@ def answered(method: Method) -> Method:
         except Exception as error:  # the boundary to the network: the worker goes on, the client learns no text
             self.host.counters["faults_total"] += 1
             log_fault(method.__name__, error)
-            await self.host.see_to_device()
+            self.host.suspect_device()
             await context.abort(grpc.StatusCode.INTERNAL, f"{method.__name__} failed: {type(error).__name__}")
 
     return call

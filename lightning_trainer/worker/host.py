@@ -76,6 +76,7 @@ class Host:
     health: Any = field(default_factory=health.aio.HealthServicer)
     started: float = field(default_factory=time.monotonic)
     lost: asyncio.Event = field(default_factory=asyncio.Event)
+    _suspicions: set[asyncio.Task[None]] = field(default_factory=set)
     loaded: Resident | None = None
 
     async def load(self, make_engine: Callable[[], Engine]) -> None:
@@ -107,6 +108,12 @@ class Host:
         for service, serving in shown.items():
             status = health_pb2.HealthCheckResponse
             await self.health.set(service, status.SERVING if serving else status.NOT_SERVING)
+
+    def suspect_device(self) -> None:
+        """See to the device, while whoever called is answered: it may be busy for long."""
+        task = asyncio.ensure_future(self.see_to_device())
+        self._suspicions.add(task)
+        task.add_done_callback(self._suspicions.discard)
 
     async def see_to_device(self) -> None:
         """Serve no more where the device has failed for good, as a GPU does at an illegal access.

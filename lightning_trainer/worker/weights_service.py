@@ -93,7 +93,7 @@ class Weights(WeightsServicer):
             try:
                 await self.host.compute.run(lambda: weights.apply(update))
             except Refusal:  # it broke off half-way
-                await self.host.see_to_device()
+                self.host.suspect_device()
                 raise
             finally:
                 self.host.turns.give()

@@ -374,3 +374,32 @@ def test_cut_keeps_whole_turns() -> None:
     assert row.cut(8) == Encoded([0, 1, 2, 3, 4], [0, 1, 1, 0, 1], (3, 5))
     assert row.cut(4) == Encoded([0, 1, 2], [0, 1, 1], (3,))
     assert row.cut(2) is None
+
+
+REFUSES = "{% if messages[0].content == 'no' %}{{ raise_exception('not this') }}{% endif %}"
+
+
+@pytest.mark.parametrize("template", [QWEN3 + REFUSES, MARKED + REFUSES, TOOLS + REFUSES])
+@pytest.mark.parametrize("characters", [1 << 24, 40])
+def test_many_rows_are_encoded_as_each_alone(
+    make_tokenizer: MakeTokenizer, template: str, characters: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused ones, ones with tools, texts and ones without an answer among them; in one group and in many."""
+    monkeypatch.setattr("lightning_trainer.data.encode.GROUP_CHARACTERS", characters)
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    rows: list[dict[str, Any]] = [
+        {"messages": [user("hi"), assistant("hello")]},
+        {"messages": [user("no"), assistant("hello")]},
+        {"text": "hello world"},
+        {"messages": [user("hi"), assistant("a"), user("what"), assistant("world")]},
+        {"messages": [user("hi"), assistant("hello")], "tools": tools},
+        {"messages": [assistant("hello"), user("hi")]},
+        {"messages": [user("hi")]},
+        {"messages": [user("is"), assistant("the sum")]},
+    ] * 20
+    encoder = Encoder(make_tokenizer(template))
+    together, alone = encoder(rows), [encoder([row])[0] for row in rows]
+    assert [str(found) if isinstance(found, ValueError) else found for found in together] == [
+        str(found) if isinstance(found, ValueError) else found for found in alone
+    ]
+    assert "not this" in str(together[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,3 +66,22 @@ def test_moments_of_8_bits(fit: Any, weights: Any) -> None:
 
 def _plain(tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {key: value.dequantize() if hasattr(value, "codes") else value for key, value in tensors.items()}
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_checkpoint_of_another_optimizer_is_refused_in_words(
+    back: bool, job: Callable[..., Path], tmp_path: Path, capsys: Any
+) -> None:
+    adam = {"class_path": "CompensatedAdamW", "init_args": {"lr": 1e-3}}
+    first, second = (MUON, adam) if back else (adam, MUON)
+    short = {"max_steps": 2, "max_epochs": -1}
+    assert main(["fit", "--config", str(job(model={"optimizer": first}, trainer=short))]) == 0
+    config = job(model={"optimizer": second}, trainer={**short, "max_steps": 4})
+    assert main(["fit", "--config", str(config), "--ckpt_path", "last"]) == 2
+    assert "it is another optimizer's or another precision's" in " ".join(capsys.readouterr().err.split())
+
+
+def test_check_counts_muons_memory_of_one_hidden_matrix(job: Callable[..., Path], capsys: Any) -> None:
+    assert main(["check", "--json", "--config", str(job(model={"optimizer": MUON}))]) == 0
+    found = json.loads(capsys.readouterr().out)["memory"]
+    assert found["update"] == 48 * 32 * 28  # the largest is of the MLP; the embedding is AdamW's

@@ -126,6 +126,10 @@ def test_a_worker_that_the_run_has_already_is_not_a_callbacks_own(job: Callable[
     config = job(trainer={"callbacks": [PLAIN, own]}, preview_backend=grpc)
     assert main(["fit", "--config", str(config)]) == 2
     assert "are one worker, 127.0.0.1:1" in capsys.readouterr().err
+    other = {**PLAIN, "init_args": {**PLAIN["init_args"], "backend": grpc}}
+    config = job(trainer={"callbacks": [other, own]})
+    assert main(["fit", "--config", str(config)]) == 2
+    assert "are one worker, 127.0.0.1:1" in capsys.readouterr().err
 
 
 def test_a_full_disk_costs_lines_and_nothing_else(

@@ -45,15 +45,24 @@ def test_in_16_bits_neither_the_sum_nor_the_gradients_are_rounded_more_than_thos
     want = F.cross_entropy(F.linear(*exact), targets, reduction="sum")
     true = torch.autograd.grad(want, exact)
     full = F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
-    theirs = torch.autograd.grad(full * 256, (hidden, weight))
-    got = loss.nats_chunked(hidden, weight, None, targets, expected=share)
-    mine = torch.autograd.grad(got * (share * 256 / share), (hidden, weight))
+    theirs = torch.autograd.grad(full * (share * 256), (hidden, weight))
+    got = loss.nats_chunked(hidden, weight, None, targets, expected=share * 256)
+    mine = torch.autograd.grad(got * (share * 256), (hidden, weight))
     assert got.dtype == torch.float32
     assert abs(got.item() - full.item()) / 3000 < 1e-5  # what is left is the rounding of the logits themselves
     for a, b, t in zip(mine, theirs, true, strict=True):
         assert a.dtype == dtype
-        ours, full_error = (float((g.double() / 256 - t).norm() / t.norm()) for g in (a, b))
+        ours, full_error = (float((g.double() / (share * 256) - t).norm() / t.norm()) for g in (a, b))
         assert ours < 1.3 * full_error + 1e-6
+
+
+def test_fp16_gradients_do_not_overflow_on_the_way() -> None:
+    hidden = torch.full((128, 4), 700.0, dtype=torch.float16, requires_grad=True)
+    weight = torch.zeros(16, 4, dtype=torch.float16, requires_grad=True)
+    nats = loss.nats_chunked(hidden, weight, None, torch.zeros(128, dtype=torch.int64), expected=1 / 128)
+    grad = torch.autograd.grad(nats / 128, weight)[0]
+    assert grad[0, 0].item() == pytest.approx(700 * (1 / 16 - 1), rel=1e-3)
+    assert grad[1, 0].item() == pytest.approx(700 / 16, rel=1e-3)
 
 
 def test_a_frozen_layer_takes_no_gradient_and_gives_one() -> None:

@@ -104,6 +104,11 @@ def test_it_is_asked_for_what_sdpa_gives_row_by_row(
     assert kernel.calls == 1
 
 
+@pytest.fixture
+def ampere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varlen, "_capability", lambda device: (8, 6))
+
+
 class OnGpu:
     """What `kernel_for` looks at."""
 
@@ -121,13 +126,20 @@ class OnGpu:
         (OnGpu(numbers=512), OnGpu(numbers=512), 0.0, False),
         (OnGpu(numbers=192), OnGpu(numbers=128), 0.0, False),
         (OnGpu(), OnGpu(), 0.1, False),
+        (OnGpu(numbers=12), OnGpu(numbers=12), 0.0, False),
+        (OnGpu(numbers=208), OnGpu(numbers=208), 0.0, False),
     ],
 )
-def test_it_serves_where_it_can(query: Any, value: Any, dropout: float, serves: bool) -> None:
+def test_it_serves_where_it_can(ampere: None, query: Any, value: Any, dropout: float, serves: bool) -> None:
     assert (varlen.kernel_for(query, value, dropout) is not None) == serves
 
 
-def test_it_does_not_serve_a_run_that_is_to_be_deterministic() -> None:
+def test_it_does_not_serve_devices_before_ampere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varlen, "_capability", lambda device: (7, 5))
+    assert varlen.kernel_for(OnGpu(), OnGpu(), 0.0) is None  # type: ignore[arg-type]
+
+
+def test_it_does_not_serve_a_run_that_is_to_be_deterministic(ampere: None) -> None:
     torch.use_deterministic_algorithms(True)
     try:
         assert varlen.kernel_for(OnGpu(), OnGpu(), 0.0) is None  # type: ignore[arg-type]
@@ -135,7 +147,7 @@ def test_it_does_not_serve_a_run_that_is_to_be_deterministic() -> None:
         torch.use_deterministic_algorithms(False)
 
 
-def test_without_torchs_and_without_flash_attn_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torchs_and_without_flash_attn_there_is_none(ampere: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen, "_torchs_arguments", frozenset)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     varlen._kernel.cache_clear()

@@ -94,7 +94,7 @@ def _optimizer(config: TrainerConfig) -> dict[str, Any]:
     named = {"adamw": "CompensatedAdamW", "muon": "CompensatedMuon", "adamw_8bit": "torchao.optim.AdamW8bit"}
     kind = config.environment.optimizer_type
     arguments: dict[str, Any] = {"lr": config.hyperparams.learning_rate}
-    if kind == "adamw_8bit":  # ours are so by default
+    if kind == "adamw_8bit":  # betas and decay as ours have them
         arguments |= {"betas": [0.9, 0.95], "weight_decay": 0.0}
         arguments["bf16_stochastic_round"] = config.hyperparams.fp_precision == "bf16"
     return {"class_path": named[kind], "init_args": arguments}
@@ -207,7 +207,7 @@ def _not_offered(config: TrainerConfig) -> list[str]:
         "environment.nan_detection": (not config.environment.nan_detection, "it cannot be switched off"),
         "environment.optimizer_type": (
             config.environment.optimizer_type != "adamw" and config.hyperparams.fp_precision == "fp16",
-            "keeps fp16 moments under fp16, in which squares of gradients are 0: take adamw, or fp_precision bf16",
+            "is not for fp16, in which squares of gradients are 0: take adamw, or fp_precision bf16",
         ),
     }
     values = config.to_dict()

@@ -132,8 +132,8 @@ def test_every_refusal_is_named_with_its_way_out(config: TrainerConfig) -> None:
         "(convert) and there model.quantization: {bits: 4} and model.lora",
         "model.load_in_4bit: True: a job has no adapters to train on it; set it to false, or write the job as YAML "
         "(convert) and there model.quantization: {bits: 4} and model.lora",
-        "environment.optimizer_type: 'muon': keeps fp16 moments under fp16, in which squares of gradients are 0: take "
-        "adamw, or fp_precision bf16",
+        "environment.optimizer_type: 'muon': is not for fp16, in which squares of gradients are 0: take adamw, or "
+        "fp_precision bf16",
         "model.torch_dtype: 'bfloat16' does not agree with hyperparams.fp_precision 'fp16', which alone decides: "
         "set it to null",
         "hyperparams.max_length: 8192 is more than locked.max_context_length 4096",
