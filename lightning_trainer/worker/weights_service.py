@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -27,6 +28,26 @@ MOST_WAITING = 8
 """Calls of Begin and Commit, their clients gone or not: each holds its request."""
 
 
+@dataclass
+class Caller:
+    """Whoever waits for the answer of a call.
+
+    Attributes:
+        until: Seconds of the monotonic clock; nobody waits for longer.
+        has_hung_up: Nobody waits any more.
+    """
+
+    until: float
+    has_hung_up: bool = False
+
+    def refuse_gone(self) -> None:
+        """Raises:
+        Refusal: Nobody waits.
+        """
+        if self.has_hung_up or time.monotonic() > self.until:
+            raise Refusal(Reason.REASON_UNAVAILABLE, "the client has gone")
+
+
 class Weights(WeightsServicer):
     """Begin and Commit come one after the other; they go on when their client hangs up, so that it may ask again."""
 
@@ -39,17 +60,17 @@ class Weights(WeightsServicer):
     async def Begin(self, request: pb.BeginRequest, context: Any) -> pb.BeginResponse:
         """Begin an update, or go on with it."""
         self.host.resident.admit(request)  # what can be refused at once need not wait
-        gone = asyncio.Event()
+        caller = Caller(time.monotonic() + (context.time_remaining() or float("inf")))
         try:
-            return await self._whole(self._begin(request, gone))
-        except asyncio.CancelledError:  # the client has hung up
-            gone.set()
+            return await self._whole(self._begin(request, caller))
+        except asyncio.CancelledError:
+            caller.has_hung_up = True
             raise
 
-    async def _begin(self, request: pb.BeginRequest, gone: asyncio.Event) -> pb.BeginResponse:
+    async def _begin(self, request: pb.BeginRequest, caller: Caller) -> pb.BeginResponse:
         weights = self.host.resident
         async with self._one:
-            _refuse_gone(gone)
+            caller.refuse_gone()
             if weights.admit(request):
                 await self._take_turn()
                 try:
@@ -57,7 +78,7 @@ class Weights(WeightsServicer):
                 finally:
                     self.host.turns.give()
                     await self.host.show_health()
-            _refuse_gone(gone)  # a run that has ended would hold the worker
+            caller.refuse_gone()  # a run that has ended would hold the worker
             return weights.begin(request)
 
     @answered
@@ -145,11 +166,3 @@ class Weights(WeightsServicer):
         """Let another run begin; what this one was sending is forgotten."""
         self.host.resident.release(request.fencing_token)
         return pb.LeaseResponse()
-
-
-def _refuse_gone(gone: asyncio.Event) -> None:
-    """Raises:
-    Refusal: The client has hung up.
-    """
-    if gone.is_set():
-        raise Refusal(Reason.REASON_UNAVAILABLE, "the client has gone")
