@@ -160,21 +160,20 @@ class _Scratch:
 
     def __init__(self, tokens: int, weight: Tensor) -> None:
         self._made = weight.new_empty(tokens, len(weight))
-        wide = weight.dtype == torch.float32
-        self._wide = self._made if wide else torch.empty_like(self._made, dtype=torch.float32)
+        self._is_exact = weight.dtype == torch.float32
+        self._wide = self._made if self._is_exact else torch.empty_like(self._made, dtype=torch.float32)
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(n, V) fp32."""
-        made, wide = self._made[: len(hidden)], self._wide[: len(hidden)]
+        made = self._made[: len(hidden)]
         torch.mm(hidden, weight.T, out=made)
         if bias is not None:
             made += bias
-        return wide if wide.data_ptr() == made.data_ptr() else wide.copy_(made)
+        return made if self._is_exact else self._wide[: len(hidden)].copy_(made)
 
     def rounded(self, logits: Tensor) -> Tensor:
         """In the weight's dtype."""
-        made = self._made[: len(logits)]
-        return logits if logits.data_ptr() == made.data_ptr() else made.copy_(logits)
+        return logits if self._is_exact else self._made[: len(logits)].copy_(logits)
 
 
 class _Gradients:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim._muon import muon  # torch.optim.Muon's own arithmetic, which has no public name
 
-from lightning_trainer.model.optim import CompensatedAdamW, Piece, store
+from lightning_trainer.model.optim import CompensatedAdamW, Piece, exact, store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,7 +72,8 @@ class CompensatedMuon(CompensatedAdamW):
     def _orthogonal_update(self, param: Tensor, group: dict[str, Any]) -> None:
         assert param.grad is not None
         state = self._state_of(param)
-        weight, buffer = self.exact_weight(param), state["momentum_buffer"].to(torch.float32, copy=True)
+        before, buffer = exact(param.detach(), state), state["momentum_buffer"].to(torch.float32, copy=True)
+        weight = before.clone()
         muon(
             [weight],
             [param.grad.float()],
@@ -88,7 +89,7 @@ class CompensatedMuon(CompensatedAdamW):
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if found_inf is not None:  # decided on the device: nothing changes where the gradient is not finite
             keep = found_inf.bool()
-            weight = torch.where(keep, self.exact_weight(param), weight)
+            weight = torch.where(keep, before, weight)
             buffer = torch.where(keep, state["momentum_buffer"].float(), buffer)
         store(Piece(param, param.grad, state), weight)
         state["momentum_buffer"].copy_(buffer)

@@ -102,17 +102,9 @@ def _torchs(query: Tensor, key: Tensor, value: Tensor, rows: Rows) -> Tensor:
         grouped["enable_gqa"] = len(query) != len(key)
     else:
         key, value = (part.repeat_interleave(len(query) // len(part), dim=0) for part in (key, value))
+    # Without a window every token would see all of its row.
     out: Any = varlen_attn(
-        query.transpose(0, 1),
-        key.transpose(0, 1),
-        value.transpose(0, 1),
-        rows.starts,
-        rows.starts,
-        rows.longest,
-        rows.longest,
-        scale=rows.scaling,
-        window_size=rows.left_right,  # without it every token would see all of its row
-        **grouped,
+        *_laid_out(query, key, value, rows), scale=rows.scaling, window_size=rows.left_right, **grouped
     )
     return out  # type: ignore[no-any-return]
 
@@ -121,15 +113,12 @@ def _flash_attns(query: Tensor, key: Tensor, value: Tensor, rows: Rows) -> Tenso
     from flash_attn import flash_attn_varlen_func
 
     out: Any = flash_attn_varlen_func(
-        query.transpose(0, 1),
-        key.transpose(0, 1),
-        value.transpose(0, 1),
-        rows.starts,
-        rows.starts,
-        rows.longest,
-        rows.longest,
-        softmax_scale=rows.scaling,
-        causal=True,
-        window_size=rows.left_right,
+        *_laid_out(query, key, value, rows), softmax_scale=rows.scaling, causal=True, window_size=rows.left_right
     )
     return out  # type: ignore[no-any-return]
+
+
+def _laid_out(query: Tensor, key: Tensor, value: Tensor, rows: Rows) -> tuple[Any, ...]:
+    """What both kernels take first: (T, H, D), (T, K, D), (T, K, D), and of queries and of keys starts and lengths."""
+    tokens_first = (part.transpose(0, 1) for part in (query, key, value))
+    return (*tokens_first, rows.starts, rows.starts, rows.longest, rows.longest)

@@ -46,7 +46,7 @@ class GrpcPreviewBackend(PreviewBackend):
             trains, require ends the run before its first step, off does not wait for the answer.
         on_unavailable: What happens to previews while the worker does not answer: skip, or local: the model in
             training answers, which then waits.
-        flush_timeout: Seconds the end of the run waits for previews under way.
+        flush_timeout: Seconds the end of the run waits for previews under way, those of all callbacks together.
         insecure_lan: Send prompts, answers and weights over a network without TLS and token.
 
     Raises:

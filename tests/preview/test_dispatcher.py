@@ -17,6 +17,7 @@ from lightning_trainer.preview.companion import Companion
 from lightning_trainer.preview.dialogue import Deadlines, Lines, Setup
 from lightning_trainer.rpc import preview_pb2 as pb
 from lightning_trainer.rpc.layout import Entry
+from lightning_trainer.worker import lease
 
 FOLDER = Path(preview.__file__).parent
 
@@ -161,3 +162,9 @@ def test_the_trainer_never_imports_grpc_and_kill_9_leaves_no_orphan(tiny_model_d
         trainer.kill()
         assert eventually(lambda: gone(pid), 2.0)
         assert "fork" not in trainer.stderr.read()
+
+
+def test_times_that_belong_together_do() -> None:
+    """A lease is renewed well before it ends, and given up within the time that the dispatcher has to end."""
+    assert 2 * Deadlines().idle + Deadlines().renew < lease.SECONDS
+    assert Deadlines().release < companion.QUIT_SECONDS

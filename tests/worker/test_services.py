@@ -599,42 +599,40 @@ def test_39_no_answer_is_mislabelled_or_of_two_sets_of_weights() -> None:
     assert len(engine._threads) == 1
 
 
+class SlowToPrepare(FakeEngine):
+    """Gets ready for adapters once it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+
+    def prepare(self, kind: Any, spec: Any) -> None:
+        self.gate.wait(10)
+        super().prepare(kind, spec)
+
+
+def begin_of_adapters(client: StockClient) -> pb.BeginRequest:
+    tensors = {entry.name: bytes(entry.nbytes) for entry in ADAPTER}
+    about = {"kind": pb.UPDATE_KIND_ADAPTER, "adapter": pb.AdapterSpec(rank=1, alpha=1, target_modules=["x"])}
+    return client.begin_request(ADAPTER, tensors, client.ref(tensors, 1), "u", **about)
+
+
 def test_a_run_that_has_ended_before_its_begin_was_answered_holds_nothing() -> None:
-    engine = FakeEngine()
-    prepare, gate = engine.prepare, threading.Event()
-
-    def slowly(kind: Any, spec: Any) -> None:
-        gate.wait(5)
-        prepare(kind, spec)
-
-    engine.prepare = slowly  # type: ignore[method-assign]
+    engine = SlowToPrepare()
     with running_worker(engine) as running:
         with StockClient(running.address, run_id="one") as one:
-            spec = pb.AdapterSpec(rank=1, alpha=1, target_modules=["x"])
-            tensors = {entry.name: bytes(entry.nbytes) for entry in ADAPTER}
-            about = {"kind": pb.UPDATE_KIND_ADAPTER, "adapter": spec}
-            request = one.begin_request(ADAPTER, tensors, one.ref(tensors, 1), "u", **about)
+            request = begin_of_adapters(one)
             assert refused(lambda: one.weights.Begin(request, timeout=0.1))[0] == "DEADLINE_EXCEEDED"
-        gate.set()
+        engine.gate.set()
         with StockClient(running.address, run_id="two") as two:
             assert two.push(SMALL, filled(2), 1) == two.describe().resident
             assert two.status().lease_run_id == "two"
 
 
 def test_begins_whose_clients_hang_up_do_not_pile_up() -> None:
-    engine = FakeEngine()
-    prepare, gate = engine.prepare, threading.Event()
-
-    def slowly(kind: Any, spec: Any) -> None:
-        gate.wait(10)
-        prepare(kind, spec)
-
-    engine.prepare = slowly  # type: ignore[method-assign]
+    engine = SlowToPrepare()
     with running_worker(engine) as running, StockClient(running.address) as client:
-        spec = pb.AdapterSpec(rank=1, alpha=1, target_modules=["x"])
-        tensors = {entry.name: bytes(entry.nbytes) for entry in ADAPTER}
-        about = {"kind": pb.UPDATE_KIND_ADAPTER, "adapter": spec}
-        request = client.begin_request(ADAPTER, tensors, client.ref(tensors, 1), "u", **about)
+        request = begin_of_adapters(client)
         codes = [refused(lambda: client.weights.Begin(request, timeout=0.1)) for _ in range(12)]
-        gate.set()
+        engine.gate.set()
         assert codes.count(("RESOURCE_EXHAUSTED", "QUEUE_FULL")) == 4
