@@ -6,19 +6,14 @@ Training, validation, previews and predictions all come through here, so a promp
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from lightning_trainer.types import InputError, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Result = TypeVar("Result")
-
-AT_ONCE = 64
-"""Conversations in one call: where one is refused, these are done again one by one."""
 
 TEMPLATE_KEYS = ("tools", "documents")
 """What a row may hand to its chat template besides `messages`."""
@@ -64,83 +59,15 @@ def render(
     Raises:
         ValueError: The template refuses the conversation (order of roles, missing fields, …).
     """
-    with _refusals():
+    with refusals():
         text = tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **(extras or {})
         )
     return checked(str(text))
 
 
-def render_all(
-    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[dict[str, Any]], add_generation_prompt: bool = False
-) -> list[str | ValueError]:
-    """As `render` of each conversation; what refuses one stands in its place."""
-
-    def together(given: list[list[Message]], extras: dict[str, Any]) -> list[str]:
-        texts: Any = tokenizer.apply_chat_template(
-            given, tokenize=False, add_generation_prompt=add_generation_prompt, **extras
-        )
-        return [checked(text) for text in texts]
-
-    return _together(conversations, together)
-
-
-def marked_token_ids(
-    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[dict[str, Any]]
-) -> list[tuple[list[int], list[int]] | ValueError]:
-    """Token ids of each conversation, and 1 for each that lies within the template's `{% generation %}` marks.
-
-    What refuses a conversation stands in its place.
-    """
-
-    def together(given: list[list[Message]], extras: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
-        out: Any = tokenizer.apply_chat_template(
-            given, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **extras
-        )
-        return list(zip(out["input_ids"], out["assistant_masks"], strict=True))
-
-    return _together(conversations, together)
-
-
-def _together(
-    conversations: Sequence[dict[str, Any]], act: Callable[[list[list[Message]], dict[str, Any]], list[Result]]
-) -> list[Result | ValueError]:
-    """What `act` makes of conversations, AT_ONCE of them at a time."""
-    starts = range(0, len(conversations), AT_ONCE)
-    return [made for start in starts for made in _in_one_call(conversations[start : start + AT_ONCE], act)]
-
-
-def _in_one_call(
-    conversations: Sequence[dict[str, Any]], act: Callable[[list[list[Message]], dict[str, Any]], list[Result]]
-) -> list[Result | ValueError]:
-    """The same in one call for those without extras, unless that is refused; else one by one."""
-    plain = [place for place, conversation in enumerate(conversations) if not extras_of(conversation)]
-    made: dict[int, Result | ValueError] = {}
-    if plain:
-        with suppress(ValueError), _refusals():
-            made = dict(zip(plain, act([list(conversations[place]["messages"]) for place in plain], {}), strict=True))
-    for place, conversation in enumerate(conversations):
-        if place not in made:
-            try:
-                with _refusals():
-                    [made[place]] = act([list(conversation["messages"])], extras_of(conversation))
-            except ValueError as error:
-                made[place] = _in_words(error)
-    return [made[place] for place in range(len(conversations))]
-
-
-def _in_words(error: ValueError) -> ValueError:
-    """A tokenizer's complaint of half a surrogate pair, as `checked` says it."""
-    if isinstance(error, UnicodeEncodeError):
-        try:
-            checked(error.object)
-        except ValueError as worded:
-            return worded
-    return error
-
-
 @contextmanager
-def _refusals() -> Iterator[None]:
+def refusals() -> Iterator[None]:
     """What a template raises for a conversation it does not take, as a ValueError."""
     from jinja2.exceptions import TemplateError
 
@@ -173,8 +100,27 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
     """Token ids of texts that already hold their special tokens; nothing is added, nothing truncated."""
     if not texts:
         return []
+    if (backend := backend_of(tokenizer)) is not None:
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
     encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
     return [list(ids) for ids in encoded["input_ids"]]
+
+
+def backend_of(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """What a tokenizer hands its texts to, set as it sets it; None where it does more with them than that."""
+    from transformers import PreTrainedTokenizerFast
+
+    own_way = getattr(type(tokenizer), "_encode_plus", None) is not PreTrainedTokenizerFast._encode_plus
+    if own_way or type(tokenizer).__call__ is not PreTrainedTokenizerFast.__call__:
+        return None
+    backend = tokenizer.backend_tokenizer
+    if backend.encode_special_tokens or getattr(tokenizer, "split_special_tokens", False):
+        return None
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    return backend
 
 
 def continued_token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

@@ -15,8 +15,9 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_trainer.data.collate import Collator
-from lightning_trainer.data.encode import Conversation, LossOn
+from lightning_trainer.data.encode import LossOn
 from lightning_trainer.data.loader import ConversationBatches, EvaluationLoader, PlannedLoader
+from lightning_trainer.data.render import Conversation
 from lightning_trainer.data.rows import BadRow, sources
 from lightning_trainer.data.sampler import Layout
 from lightning_trainer.data.split import (

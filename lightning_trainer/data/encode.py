@@ -13,13 +13,16 @@ Trained are the assistant's turns with their end-of-turn token, found by structu
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice, pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lightning_trainer import template
+from lightning_trainer.data.pieces import PieceTokenizer
+from lightning_trainer.data.render import Conversation, marked_token_ids, turns_of_all
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,8 +30,9 @@ if TYPE_CHECKING:
 GROUP_CHARACTERS = 1 << 24
 """Of the texts that are rendered before the first of them is cut into pieces."""
 
+_MARKED_RUN = re.compile(rb"\x01+")
+
 LossOn = Literal["assistant", "all"]
-Conversation = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,7 @@ class Encoded:
         return Encoded(self.ids[:end], self.trained[:end], tuple(fitting))
 
 
-@dataclass(frozen=True)
-class _Piece:
+class _Piece(NamedTuple):
     """A stretch of text tokenised on its own.
 
     Attributes:
@@ -85,6 +88,7 @@ class Encoder:
         self._marked = bool(tokenizer.chat_template) and template.has_generation_marks(tokenizer)
         self._special = template.special_ids(tokenizer)
         self._turn_ends = template.stop_token_ids(tokenizer)
+        self._token_ids = PieceTokenizer(tokenizer)
         self._blank: dict[int, bool] = {}
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[list[Encoded] | ValueError]:
@@ -93,7 +97,7 @@ class Encoder:
         turns = [place for place, conversation in enumerate(conversations) if self._has_turns(conversation)]
         chosen = [conversations[place] for place in turns]
         if self._marked:
-            for place, found in zip(turns, template.marked_token_ids(self.tokenizer, chosen), strict=True):
+            for place, found in zip(turns, marked_token_ids(self.tokenizer, chosen), strict=True):
                 results[place] = found if isinstance(found, ValueError) else [_by_marks(*found)]
             turns, chosen = [], []
         made = dict(zip(turns, self._rows_of_turns(chosen), strict=True))
@@ -128,36 +132,29 @@ class Encoder:
             yield from self._rows_of_group(group)
 
     def _rows_of_group(self, conversations: Sequence[Conversation]) -> Iterator[list[list[_Piece]] | ValueError]:
-        asked = [
-            ({**conversation, "messages": conversation["messages"][:end]}, end)
-            for conversation in conversations
-            for end in _ends_of_turns(conversation["messages"])
-            if end > 1
-        ]
-        prompts = [{**part, "messages": part["messages"][:-1]} for part, _ in asked]
-        wholes = iter(template.render_all(self.tokenizer, [part for part, _ in asked]))
-        begun = iter(template.render_all(self.tokenizer, prompts, add_generation_prompt=True))
-        for conversation in conversations:
-            ends = _ends_of_turns(conversation["messages"])
-            texts = [(next(begun), next(wholes)) for end in ends if end > 1]
+        for conversation, turns in zip(conversations, turns_of_all(self.tokenizer, conversations), strict=True):
             try:
-                if ends[:1] == [1]:
+                if conversation["messages"][:1] and conversation["messages"][0]["role"] == "assistant":
                     raise ValueError("the conversation starts with the assistant: there is no prompt to answer")
-                yield self._rows_of(texts)
+                if isinstance(turns, ValueError):
+                    raise turns
+                yield self._rows_of(turns)
             except ValueError as error:
                 yield error
 
-    def _rows_of(self, texts: Sequence[tuple[str | ValueError, str | ValueError]]) -> list[list[_Piece]]:
+    def _rows_of(self, turns: Sequence[tuple[str, str]]) -> list[list[_Piece]]:
         """From the text up to each answer, and with it."""
         rows: list[list[_Piece]] = []
         so_far = ""
-        for turn in texts:
-            prompt, answer = _turn(*turn)
+        for prompt, whole in turns:
+            if not whole.startswith(prompt):
+                raise ValueError("the chat template renders an answer that does not follow from its own prompt")
+            answer = whole[len(prompt) :]
             if rows and prompt.startswith(so_far):
                 rows[-1] += [_Piece(prompt[len(so_far) :], "no"), _Piece(answer, "turn")]
             else:
                 rows.append([_Piece(prompt, "no"), _Piece(answer, "turn")])
-            so_far = prompt + answer
+            so_far = whole
         if not rows:
             raise ValueError("trains nothing: there is no assistant turn")
         return rows
@@ -170,13 +167,10 @@ class Encoder:
         return [_Piece(whole[a:b], "all") for a, b in pairwise(cuts) if a < b]
 
     def _tokenise(self, rows: Sequence[list[_Piece]]) -> list[Encoded]:
-        first = [row[0].text for row in rows]
-        later = [piece.text for row in rows for piece in row[1:]]
-        firsts = template.token_ids(self.tokenizer, first)
-        laters = iter(template.continued_token_ids(self.tokenizer, later))
+        parts_of_all = self._token_ids([[piece.text for piece in row] for row in rows])
         return [
-            self._text(start) if row[0].trained == "text" else self._row(row, [start, *islice(laters, len(row) - 1)])
-            for row, start in zip(rows, firsts, strict=True)
+            self._text(parts[0]) if row[0].trained == "text" else self._row(row, parts)
+            for row, parts in zip(rows, parts_of_all, strict=True)
         ]
 
     def _row(self, row: Sequence[_Piece], parts: Sequence[list[int]]) -> Encoded:
@@ -184,12 +178,14 @@ class Encoder:
         trained: list[int] = []
         ends = []
         for piece, part in zip(row, parts, strict=True):
-            kept = {"no": 0, "all": len(part)}.get(piece.trained)
-            kept = self._end_of_turn(part) if kept is None else kept
-            if piece.trained != "no":
-                ends.append(len(ids) + (self._end_of_turn(part) if piece is not row[-1] else kept))
+            if piece.trained == "no":
+                trained += [0] * len(part)
+            else:
+                end = self._end_of_turn(part)
+                kept = end if piece.trained == "turn" else len(part)
+                ends.append(len(ids) + (end if piece is not row[-1] else kept))
+                trained += [1] * kept + [0] * (len(part) - kept)
             ids += part
-            trained += [1] * kept + [0] * (len(part) - kept)
         # What the template puts after the last turn's end (a newline) is neither trained nor looked at: dropped.
         return _first_untrained(ids[: ends[-1]], trained[: ends[-1]], tuple(ends))
 
@@ -199,13 +195,16 @@ class Encoder:
         It stands in the run of special tokens and white space that closes the answer; a template may close the
         conversation behind it (`<|end|>\\n<|endoftext|>`), which is not the answer's.
         """
-        start = len(part)
-        while start and (part[start - 1] in self._special or self._is_blank(part[start - 1])):
-            start -= 1
-        closing = range(start, len(part))
-        known = [place for place in closing if part[place] in self._turn_ends]
-        special = [place for place in closing if part[place] in self._special]
-        return next(iter(known or special), len(part) - 1) + 1
+        known = special = 0
+        for end in range(len(part), 0, -1):
+            token = part[end - 1]
+            if token in self._special:
+                special = end
+            elif not self._is_blank(token):
+                break
+            if token in self._turn_ends:
+                known = end
+        return known or special or len(part)
 
     def _is_blank(self, token: int) -> bool:
         if token not in self._blank:
@@ -240,19 +239,8 @@ def _groups(conversations: Sequence[Conversation]) -> Iterator[list[Conversation
         yield group
 
 
-def _turn(prompt: str | ValueError, whole: str | ValueError) -> tuple[str, str]:
-    """Text of a prompt and of its answer."""
-    if isinstance(prompt, ValueError):
-        raise prompt
-    if isinstance(whole, ValueError):
-        raise whole
-    if not whole.startswith(prompt):
-        raise ValueError("the chat template renders an answer that does not follow from its own prompt")
-    return prompt, whole[len(prompt) :]
-
-
 def _by_marks(ids: list[int], marks: list[int]) -> Encoded:
-    ends = tuple(i + 1 for i in range(len(marks)) if marks[i] and not (i + 1 < len(marks) and marks[i + 1]))
+    ends = tuple(match.end() for match in _MARKED_RUN.finditer(bytes(marks)))
     return _first_untrained(ids, marks, ends)
 
 

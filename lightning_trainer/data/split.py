@@ -17,7 +17,8 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from lightning_trainer.data.encode import Conversation, LossOn
+from lightning_trainer.data.encode import LossOn
+from lightning_trainer.data.render import Conversation
 from lightning_trainer.data.rows import BadRow, RawRow, Source, read
 from lightning_trainer.profiles import row_forms
 from lightning_trainer.profiles.base import accepted_keywords

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lightning_trainer.data.encode import Conversation, Encoded, Encoder
+from lightning_trainer.data.encode import Encoded, Encoder
+from lightning_trainer.data.render import Conversation
 from lightning_trainer.data.rows import BadRow, RawRow
 from lightning_trainer.data.split import OnBadRow, Recipe, Split
 from lightning_trainer.data.store import TOKENS, Build, StoreWriter, TokenStore, is_built, write_ledger

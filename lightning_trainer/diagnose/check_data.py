@@ -14,8 +14,8 @@ import numpy as np
 
 from lightning_trainer import template
 from lightning_trainer.data import ChatDataModule
-from lightning_trainer.data.encode import Conversation
 from lightning_trainer.data.packing import Ints
+from lightning_trainer.data.render import Conversation
 from lightning_trainer.data.rows import BadRow, RawRow, read
 from lightning_trainer.data.split import Split, place_of
 from lightning_trainer.data.store import TokenStore, is_built

@@ -143,7 +143,20 @@ def _turns(value: Any, key: str) -> list[Message]:
         raise ValueError(f"{key!r} is {_kind(value)}; it must be a list of messages")
     if not value:
         raise ValueError(f"{key!r} is empty; a row needs at least one message")
-    return [_message(turn, f"{key}[{position}]") for position, turn in enumerate(value)]
+    return [
+        {"role": turn["role"], "content": turn["content"]} if _is_plain(turn) else _message(turn, f"{key}[{position}]")
+        for position, turn in enumerate(value)
+    ]
+
+
+def _is_plain(turn: Any) -> bool:
+    """Whether it is a sound message of a role and a text and nothing else, as most are."""
+    if type(turn) is not dict or len(turn) != 2:
+        return False
+    role, content = turn.get("role"), turn.get("content")
+    if not (isinstance(role, str) and isinstance(content, str) and role.strip() and content.strip()):
+        return False
+    return content.isascii() or _is_encodable(content)
 
 
 def _message(turn: Any, where: str) -> Message:
@@ -208,6 +221,14 @@ def _text(value: Any, key: str) -> str:
         raise ValueError(f"{key!r} is empty; give it text or leave the row out")
     _check_encodable(value, repr(key))
     return value
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_encodable(text: str, where: str) -> None:
