@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from lightning_trainer.model import adamw_kernel
 from lightning_trainer.types import InputError
 
-BUCKET = 1 << 24
-"""Weights updated at once: bounds the fp32 temporaries to 16 bytes x this, 256 MiB."""
+BUCKET, CPU_BUCKET = 1 << 24, 1 << 18
+"""Weights updated at once: bounds the fp32 temporaries to 16 bytes x this, 256 MiB; on a CPU to its caches."""
 
 HALF = 1 << 15
 
@@ -42,6 +43,9 @@ class CompensatedAdamW(Optimizer):
         eps: Added to the square root of the second moment.
         weight_decay: Decoupled: each step takes lr * weight_decay of the weight.
     """
+
+    kernel = True
+    """Whether the kernel may be used where there is one."""
 
     # torch's own protocol for "skip this step, decided on the device": the attributes `grad_scale` and `found_inf`.
     _step_supports_amp_scaling = True
@@ -72,8 +76,22 @@ class CompensatedAdamW(Optimizer):
         return loss
 
     def _update_all(self, params: Sequence[Tensor], group: dict[str, Any]) -> None:
-        for bucket in _buckets(piece for p in params for piece in _pieces(p, self._state_of(p))):
+        slowly: list[Tensor] = []
+        quickly: dict[torch.device, list[Piece]] = {}
+        for param in params:
+            if self._takes_kernel(param, group):
+                quickly.setdefault(param.device, []).append(Piece.of(param, self._state_of(param)))
+            else:
+                slowly.append(param)
+        for pieces in quickly.values():
+            adamw_kernel.step(pieces, group, getattr(self, "found_inf", None))
+        for bucket in _buckets(piece for p in slowly for piece in _pieces(p, self._state_of(p))):
             self._update(bucket, group)
+
+    def _takes_kernel(self, param: Tensor, group: dict[str, Any]) -> bool:
+        works = self.kernel and param.dtype == torch.bfloat16 and adamw_kernel.works_on(param.device, _both_ways)
+        scaled = getattr(self, "grad_scale", None) is not None
+        return works and not scaled and adamw_kernel.fits(param, self._state_of(param), group)
 
     def _update(self, pieces: list[Piece], group: dict[str, Any]) -> None:
         weights = [exact(piece.weight, piece.state) for piece in pieces]
@@ -159,17 +177,24 @@ class Piece:
     grad: Tensor
     state: dict[str, Tensor]
 
+    @classmethod
+    def of(cls, param: Tensor, state: dict[str, Tensor]) -> Piece:
+        """All of a parameter."""
+        assert param.grad is not None
+        return cls(param.detach(), param.grad, state)
+
 
 def _pieces(param: Tensor, state: dict[str, Tensor]) -> Iterator[Piece]:
     grad = param.grad
     assert grad is not None
     if grad.is_sparse:
         raise RuntimeError("CompensatedAdamW takes no sparse gradients; set sparse=False on the embedding")
-    if param.numel() <= BUCKET or not (param.is_contiguous() and grad.is_contiguous()):
+    most = _most(param)
+    if param.numel() <= most or not (param.is_contiguous() and grad.is_contiguous()):
         yield Piece(param, grad, state)
         return
-    for start in range(0, param.numel(), BUCKET):
-        part = slice(start, start + BUCKET)
+    for start in range(0, param.numel(), most):
+        part = slice(start, start + most)
         views = {name: value.view(-1)[part] for name, value in state.items() if name != "step"}
         # Each update counts a step: only the last stretch may count the parameter's own.
         step = state["step"] if part.stop >= param.numel() else state["step"].clone()
@@ -199,10 +224,42 @@ def _buckets(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     bucket: list[Piece] = []
     size = 0
     for piece in pieces:
-        if bucket and (size + piece.weight.numel() > BUCKET or piece.weight.dtype != bucket[0].weight.dtype):
+        if bucket and (
+            size + piece.weight.numel() > _most(piece.weight) or piece.weight.dtype != bucket[0].weight.dtype
+        ):
             yield bucket
             bucket, size = [], 0
         bucket.append(piece)
         size += piece.weight.numel()
     if bucket:
         yield bucket
+
+
+def _most(weight: Tensor) -> int:
+    """How many weights of this kind are updated at once; fp32 weights, updated in place, need no temporaries."""
+    return CPU_BUCKET if weight.device.type == "cpu" and weight.dtype != torch.float32 else BUCKET
+
+
+def _both_ways(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Exact weights after a step on a device: by the passes, and by the kernel."""
+    rng = torch.Generator().manual_seed(0)
+    weights, grads, first, second = torch.randn(4, 3, 1500, generator=rng).to(device, torch.bfloat16)
+    low_bits = torch.randint(-HALF, HALF, weights.shape, generator=rng, dtype=torch.int16).to(device)
+    group: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    found = []
+    for kernel in (False, True):
+        param = torch.nn.Parameter(weights.clone())
+        param.grad = grads.clone()
+        optimizer = CompensatedAdamW([param], **group)
+        state = optimizer._state_of(param)
+        for name, value in {
+            "step": torch.tensor(3.0),
+            "exp_avg": first,
+            "exp_avg_sq": second.abs(),
+            "low_bits": low_bits,
+        }.items():
+            state[name].copy_(value)
+        piece = Piece.of(param, state)
+        adamw_kernel.step([piece], group) if kernel else optimizer._update([piece], group)
+        found.append(optimizer.exact_weight(param))
+    return found[0], found[1]

@@ -210,7 +210,7 @@ def test_buckets_do_not_change_the_update(monkeypatch: pytest.MonkeyPatch) -> No
         set_grads(split, step)
         first.step()
         with monkeypatch.context() as patch:
-            patch.setattr(optim, "BUCKET", 16)
+            patch.setattr(optim, "CPU_BUCKET", 16)
             second.step()
     assert same(snapshot(first), snapshot(second))
 
@@ -225,7 +225,7 @@ def test_temporaries_are_bounded_by_the_bucket(monkeypatch: pytest.MonkeyPatch) 
         update(weights, *args, **kwargs)
 
     monkeypatch.setattr(optim, "adamw", watched)
-    monkeypatch.setattr(optim, "BUCKET", 16)
+    monkeypatch.setattr(optim, "CPU_BUCKET", 16)
     params = params_of(torch.bfloat16)  # 35, 11 and 24 weights
     set_grads(params, 0)
     CompensatedAdamW(params).step()

@@ -61,7 +61,7 @@ def every_turn(rows: list[dict[str, Any]]) -> list[Messages]:
 
 
 def tokenising_rows(rounds: int, count: int = 500) -> Iterator[Row]:
-    """Ours / bare, rows for the processor's second; few at a time, so that both arms run at the machine's same speed."""
+    """Ours / bare, rows for the processor's second; few at a time, so that both arms meet the machine at one speed."""
     tokenizer = material.make_tokenizer()
     cases: list[tuple[str, str, int, dict[str, Any]]] = [
         ("single-turn", material.CHATML, 1, {}),

@@ -8,6 +8,7 @@ not: what that costs is the point.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -21,11 +22,14 @@ SHAPES = {
     # hidden, intermediate, layers, heads, vocabulary
     "7M": (256, 768, 6, 4, 8_192),
     "50M": (512, 1_536, 8, 8, 32_768),
+    "0.6B": (1_024, 3_072, 28, 16, 151_936),
 }
+LARGE = "0.6B"
+"""On a GPU alone."""
 HEAD, MOST = 64, 1.3
 
 
-def parameters(name: str, dtype: torch.dtype) -> list[Tensor]:
+def parameters(name: str, dtype: torch.dtype, device: str) -> list[Tensor]:
     """A Qwen3's parameters with tied embeddings and a gradient each."""
     hidden, intermediate, layers, heads, vocabulary = SHAPES[name]
     wide, narrow = 2 * heads * HEAD, heads * HEAD
@@ -36,24 +40,28 @@ def parameters(name: str, dtype: torch.dtype) -> list[Tensor]:
     rng = torch.Generator().manual_seed(0)
     made = []
     for shape in [(vocabulary, hidden), *layer * layers, (hidden,)]:
-        param = torch.nn.Parameter((0.02 * torch.randn(shape, generator=rng)).to(dtype))
-        param.grad = (1e-3 * torch.randn(shape, generator=rng)).to(dtype)
+        param = torch.nn.Parameter((0.02 * torch.randn(shape, generator=rng)).to(device, dtype))
+        param.grad = (1e-3 * torch.randn(shape, generator=rng)).to(device, dtype)
         made.append(param)
     return made
 
 
-def compared(name: str, dtype: torch.dtype, rounds: int) -> Row:
+def compared(name: str, dtype: torch.dtype, rounds: int, device: str) -> Row:
     """Ours / torch's, step by step."""
     settings = {"lr": 1e-5, "betas": (0.9, 0.95), "weight_decay": 0.0}
     made: dict[str, Callable[[list[Tensor]], Optimizer]] = {
         "torch": lambda params: AdamW(params, fused=True, **settings),
         "ours": lambda params: CompensatedAdamW(params, **settings),
     }
-    params = {arm: parameters(name, dtype) for arm in made}
-    arms = {arm: make(params[arm]).step for arm, make in made.items()}
-    seconds = interleaved(arms, rounds, warmup=3)
+    params = {arm: parameters(name, dtype, device) for arm in made}
+    steps = {arm: make(params[arm]).step for arm, make in made.items()}
+    if device == "cpu":
+        seconds = interleaved(steps, rounds, warmup=3)
+    else:
+        waited = {arm: lambda step=step: (step(), torch.cuda.synchronize()) for arm, step in steps.items()}
+        seconds = interleaved(waited, rounds, warmup=3, clock=time.perf_counter)
     count = sum(param.numel() for param in params["ours"])
-    what = f"{str(dtype).removeprefix('torch.')}, {count / 1e6:.1f} M parameters"
+    what = f"{device}, {str(dtype).removeprefix('torch.')}, {count / 1e6:.1f} M parameters"
     return Row(what, ratios(seconds["ours"], seconds["torch"]), at_most=MOST, note="time of a step, ours / torch's")
 
 
@@ -61,4 +69,11 @@ def run(quick: bool) -> list[Row]:
     """The table."""
     torch.set_num_threads(1)
     rounds = 7 if quick else 25
-    return [compared(name, dtype, rounds) for name in SHAPES for dtype in (torch.float32, torch.bfloat16)]
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return [
+        compared(name, dtype, rounds, device)
+        for device in devices
+        for name in SHAPES
+        if device == "cuda" or name != LARGE
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
