@@ -123,12 +123,13 @@ class RunCheckpoint(Checkpoint):
             return
         trainer.should_stop |= self._stop_asked
         self._validation_due = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
-        ends = loop._num_ready_batches_reached() or trainer.should_stop or trainer.global_step == trainer.max_steps
+        step = trainer.global_step
+        ends = loop._num_ready_batches_reached() or trainer.should_stop or step == trainer.max_steps
         if self._validation_due or ends:
             # Between here and the next batch Lightning's counters mean "past the batch"; a checkpoint made there
             # must still say "at this boundary", or its resume would skip or repeat a batch.
-            self._boundary = (trainer.global_step, copy.deepcopy(trainer._checkpoint_connector._get_loops_state_dict()))
-        self._save_after_validation = trainer.global_step % self.every_n_train_steps == 0
+            self._boundary = (step, copy.deepcopy(trainer._checkpoint_connector._get_loops_state_dict()))
+        self._save_after_validation = step % self.every_n_train_steps == 0
         if self._save_after_validation and not self._validation_due:
             self.save(trainer)
         self._end_if_asked(trainer)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,8 @@ class StatusFile(Callback):
         self._step: _Step | None = None
         self._written: int | None = None
         self._clock = 0.0
+        self._previews: list[PreviewCallback] = []
+        self._held: list[list[PreviewResult]] = []
         self._seen: list[PreviewResult] = []
         self._examples: list[dict[str, Any]] = []
         self._evals = self._correct = 0
@@ -119,7 +123,9 @@ class StatusFile(Callback):
             held = {**self._main.state, **known}
             self._evals, self._correct = held["total_evals"] or 0, held["total_correct"] or 0
             self._examples = list(held["recent_examples"] or [])
-            self._seen = _newest(trainer)  # of an earlier run in this process
+            self._previews = callbacks_of(trainer, PreviewCallback)
+            self._held = [callback.results for callback in self._previews]
+            self._seen = list(chain.from_iterable(self._held))  # of an earlier run in this process
             here = {"current_step": trainer.global_step, "epoch": trainer.current_epoch}
             steps = trainer.estimated_stepping_batches
             self._update(**{**known, **here, **self._previewed(), "total_steps": steps})
@@ -154,7 +160,7 @@ class StatusFile(Callback):
         with self._guard():
             nats, tokens = getattr(pl_module, "step_nats", None), getattr(batch, "step_tokens", 0)
             self._step = _Step(trainer.global_step, trainer.current_epoch, self._rate, nats, tokens)
-            self._count(trainer)
+            self._count()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the loss of this validation, and how far it is from that of the step before it."""
@@ -215,7 +221,7 @@ class StatusFile(Callback):
         self._heartbeats = []
 
     def _write(self, trainer: Trainer) -> None:
-        self._count(trainer)
+        self._count()
         self._update(**self._stepped(trainer), **self._previewed())
         if self._step is not None:
             self._written, self._clock = self._step.number, time.monotonic()
@@ -254,9 +260,13 @@ class StatusFile(Callback):
             fields |= {name: newest[name] for name in ("golden_answer", "model_answer", "answer_matches")}
         return fields
 
-    def _count(self, trainer: Trainer) -> None:
+    def _count(self) -> None:
         """Take up the previews that came since the last call."""
-        results = _newest(trainer)
+        held = [callback.results for callback in self._previews]
+        if all(map(operator.is_, held, self._held)):
+            return
+        self._held = held
+        results = list(chain.from_iterable(held))
         fresh = [result for result in results if not any(result is old for old in self._seen)]
         self._seen = results
         self._evals += len(fresh)
@@ -278,10 +288,6 @@ def _sizes(trainer: Trainer) -> dict[str, Any]:
     rows = getattr(getattr(trainer, "datamodule", None), "max_length", None)
     known = {"max_output_tokens": max(asked, default=None), "context_window": rows}
     return {name: size for name, size in known.items() if size is not None}
-
-
-def _newest(trainer: Trainer) -> list[PreviewResult]:
-    return [result for callback in callbacks_of(trainer, PreviewCallback) for result in callback.results]
 
 
 def _logged(trainer: Trainer) -> dict[str, float]:

@@ -112,6 +112,8 @@ class PreviewBackend(ABC):
             done: From `collect` or `finish`.
             prompt_ids: Names of the prompts.
         """
+        if not done and not self._unclaimed:  # as at nearly every step
+            return []
         unclaimed = [*self._unclaimed, *done]
         self._unclaimed = [result for result in unclaimed if result.prompt_id not in prompt_ids]
         return [result for result in unclaimed if result.prompt_id in prompt_ids]

@@ -14,11 +14,11 @@ import io
 import logging
 import statistics
 import tempfile
+import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,32 +41,68 @@ STEP_HOOKS = (
     *("on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward"),
     *("on_before_optimizer_step", "on_train_batch_end"),
 )
-NEVER, LOG_EVERY = 10**9, 10
+NEVER, LOG_EVERY, STRETCH = 10**9, 10, 20
+
+
+class Turns:
+    """Has arms run in turn, each in its own thread, a stretch of steps at a time: all meet the machine as it is then.
+
+    Args:
+        arms: By name, in their order.
+    """
+
+    def __init__(self, arms: Sequence[str]) -> None:
+        self._left = list(arms)
+        self._whose = self._left[0]
+        self._changed = threading.Condition()
+
+    def wait(self, arm: str) -> None:
+        """Until it is this arm's turn."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._whose == arm)
+
+    def next(self, arm: str, ends: bool = False) -> None:
+        """The turn is over; whoever has ended gets none any more."""
+        with self._changed:
+            if self._whose == arm:
+                self._whose = self._left[(self._left.index(arm) + 1) % len(self._left)]
+            if ends and arm in self._left:
+                self._left.remove(arm)
+            self._changed.notify_all()
 
 
 class StepClock(Callback):
-    """Notes the processor's seconds of the steps of a run.
+    """Notes the processor's seconds of a run's stretches of steps, and hooks where the run has a profiler.
+
+    Args:
+        arm: Name of the run.
 
     Attributes:
-        seconds: Of a step, of each run so far: the median over stretches of as many steps as lie between two log
-            steps, which other work on the machine does not reach.
+        turns: Between the arms that run now; None where there is but one.
+        stretches: Seconds of each stretch, by arm.
         hooks: Microseconds per step of each hook of the last run that had a profiler.
     """
 
-    seconds: ClassVar[list[float]] = []
+    turns: ClassVar[Turns | None] = None
+    stretches: ClassVar[dict[str, list[float]]] = {}
     hooks: ClassVar[dict[str, float]] = {}
 
-    def __init__(self) -> None:
-        self._times: list[float] = []
+    def __init__(self, arm: str) -> None:
+        self.arm, self._steps, self._started = arm, 0, 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Look at the clock."""
-        self._times.append(time.process_time())
+        """Between two stretches, let the others have theirs."""
+        if self._steps >= SKIPPED and (self._steps - SKIPPED) % STRETCH == 0:
+            if self._steps > SKIPPED:
+                self.stretches.setdefault(self.arm, []).append(time.process_time() - self._started)
+            if self.turns is not None:
+                self.turns.next(self.arm)
+                self.turns.wait(self.arm)
+            self._started = time.process_time()
+        self._steps += 1
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add up."""
-        stretches = self._times[SKIPPED::LOG_EVERY]
-        self.seconds.append(statistics.median(b - a for a, b in pairwise(stretches)) / LOG_EVERY)
+        """Add up the hooks."""
         found: Counter[str] = Counter()
         for action, durations in getattr(trainer.profiler, "recorded_durations", {}).items():  # type: ignore[attr-defined]
             owner, _, hook = action.partition("]")[2].rpartition(".")
@@ -92,7 +128,7 @@ class Job:
     """
 
     def __init__(self, folder: Path, steps: int) -> None:
-        self.folder, self.steps, self.runs = folder, steps, 0
+        self.folder, self.steps = folder, steps
         tokenizer = material.make_tokenizer(1024)
         sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
         self.model = str(material.write_model(folder / "model", tokenizer, **sizes))
@@ -101,83 +137,111 @@ class Job:
             **{"max_length": 64, "batch_size": 1, "val_fraction": 0.0, "seed": 0, "cache_dir": str(folder / "cache")},
         }
 
-    def fit(self, **trainer: Any) -> float:
-        """Seconds of a step of `fit`; keyword arguments go to its Trainer's section."""
-        self.runs += 1
+    def fit(self, arm: str, **trainer: Any) -> None:
+        """Run `fit`; keyword arguments go to its Trainer's section."""
+        folder = self.folder / arm.replace(" ", "-")
         package = "lightning_trainer.callbacks"
         callbacks = [
             {"class_path": f"{package}.PreviewCallback", "init_args": {"every_n_steps": NEVER, "max_new_tokens": 1}},
             *({"class_path": f"{package}.{name}"} for name in ("StatusFile", "HuggingFaceExport")),
-            {"class_path": "overhead.StepClock"},
+            {"class_path": "overhead.StepClock", "init_args": {"arm": arm}},
         ]
         config = {
             "model": {"pretrained": self.model},
             "data": {**self.data, "profile": "Plain"},
             "checkpoint": {"every_n_train_steps": NEVER},
             "trainer": {
-                **{"default_root_dir": str(self.folder / f"run{self.runs}"), "precision": "32-true"},
+                **{"default_root_dir": str(folder), "precision": "32-true"},
                 **{"accelerator": "cpu", "max_steps": self.steps, "log_every_n_steps": LOG_EVERY},
                 **{"callbacks": callbacks, **trainer},
             },
         }
-        path = self.folder / "run.yaml"
+        path = self.folder / f"{folder.name}.yaml"
         path.write_text(yaml.safe_dump(config), encoding="utf-8")
-        with silence() as said:
-            status = main(["fit", "--config", str(path)])
-        if status:
-            raise RuntimeError(f"fit ended with {status}: {said.getvalue()[-2000:]}")
-        return StepClock.seconds[-1]
+        if status := main(["fit", "--config", str(path)]):
+            raise RuntimeError(f"fit ended with {status}; run it by hand: lightning-trainer fit --config {path}")
 
-    def lightning(self) -> float:
-        """Seconds of a step of Lightning's own loop."""
+    def lightning(self) -> None:
+        """Run Lightning's own loop."""
         quiet = ("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "logger")
         trainer = Trainer(
             accelerator="cpu",
             max_steps=self.steps,
             gradient_clip_val=1.0,
-            callbacks=[StepClock()],
+            callbacks=[StepClock("lightning")],
             default_root_dir=str(self.folder / "lightning"),
             use_distributed_sampler=False,
             **dict.fromkeys(quiet, False),
         )
-        with silence():
-            trainer.fit(OfLightning(self.model), ChatDataModule(**self.data, profile=Plain()))
-        return StepClock.seconds[-1]
+        trainer.fit(OfLightning(self.model), ChatDataModule(**self.data, profile=Plain()))
 
 
 @contextlib.contextmanager
-def silence() -> Iterator[io.StringIO]:
-    """Nothing on the screen; yields where it goes."""
+def silence() -> Iterator[None]:
+    """Nothing on the screen."""
     said = io.StringIO()
     logging.disable(logging.INFO)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             warnings.simplefilter("ignore")
-            yield said
+            yield
     finally:
         logging.disable(logging.NOTSET)
 
 
-def step_rows(job: Job, rounds: int) -> Iterator[Row]:
+def side_by_side(arms: Mapping[str, Callable[[], None]]) -> dict[str, list[float]]:
+    """Milliseconds of a step of each arm, stretch by stretch: those of one number ran one after the other."""
+    StepClock.stretches, StepClock.turns = {}, Turns(list(arms))
+    faults: list[BaseException] = []
+
+    def run(name: str, act: Callable[[], None], turns: Turns) -> None:
+        turns.wait(name)
+        try:
+            act()
+        except BaseException as fault:
+            faults.append(fault)
+        finally:
+            turns.next(name, ends=True)
+
+    threads = [threading.Thread(target=run, args=(name, act, StepClock.turns)) for name, act in arms.items()]
+    with silence():
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    StepClock.turns = None
+    if faults:
+        raise faults[0]
+    return {name: [1e3 * seconds / STRETCH for seconds in StepClock.stretches[name]] for name in arms}
+
+
+def step_rows(job: Job) -> Iterator[Row]:
     """Milliseconds of a step, and of ours above Lightning's."""
-    arms = {
-        "lightning": job.lightning,
-        "fit": job.fit,
-        "fit without a bar": lambda: job.fit(enable_progress_bar=False),
-    }
-    found: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(rounds):
-        for name, act in arms.items():
-            found[name].append(1e3 * act())
-    yield Row("a step of Lightning's own loop", tuple(found["lightning"]), "ms")
-    for name in ("fit", "fit without a bar"):
-        above = tuple(a - b for a, b in zip(found[name], found["lightning"], strict=True))
-        yield Row(f"{name}, above it", above, "ms", at_most=MOST, note=f"{job.steps:,} steps a round")
+    found = side_by_side(
+        {
+            "lightning": job.lightning,
+            "fit": lambda: job.fit("fit"),
+            "fit without a bar": lambda: job.fit("fit without a bar", enable_progress_bar=False),
+        }
+    )
+    base = found.pop("lightning")
+    yield Row("a step of Lightning's own loop", quartiles(base), "ms")
+    note = f"median and quartiles of {len(base)} stretches of {STRETCH} steps"
+    for name, mine in found.items():
+        above = [a - b for a, b in zip(mine, base, strict=True)]
+        yield Row(f"{name}, above it", quartiles(above), "ms", at_most=MOST, note=note)
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Of many values, which other work on the machine now and then reaches."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return low, middle, high
 
 
 def hook_rows(job: Job, least: float = 1.0) -> Iterator[Row]:
     """Microseconds a step that each callback's hooks take, from a run with Lightning's profiler."""
-    job.fit(profiler="simple", enable_progress_bar=False)
+    with silence():
+        job.fit("profiled", profiler="simple", enable_progress_bar=False)
     for name, spent in sorted(StepClock.hooks.items(), key=lambda item: -item[1]):
         if spent >= least:
             yield Row(f"  {name}", (spent,), "us/step", note="with the profiler's own microsecond or two")
@@ -187,5 +251,5 @@ def run(quick: bool) -> list[Row]:
     """The table."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
-        job = Job(Path(name), 600 if quick else 2_000)
-        return [*step_rows(job, 3 if quick else 7), *hook_rows(job)]
+        job = Job(Path(name), 1_000 if quick else 4_000)
+        return [*step_rows(job), *hook_rows(job)]
