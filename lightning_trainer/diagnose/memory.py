@@ -180,7 +180,7 @@ def loss_bytes(
     """
     if loss == "full":
         return max(trained * rows * (itemsize + 8), (tokens + trained) * rows * itemsize)
-    chunk = min(trained, CHUNK) * 4 if itemsize == 4 else min(trained, CHUNK // 2) * (4 + itemsize)
+    chunk = min(trained, CHUNK) * (4 if itemsize == 4 else 4 + itemsize)
     layer = 0 if frozen else rows * hidden * (4 + (itemsize if itemsize < 4 else 0))
     return chunk * rows + layer + trained * hidden * itemsize
 
