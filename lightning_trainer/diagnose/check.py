@@ -79,7 +79,7 @@ def examine(module: CausalLMModule, data: ChatDataModule, trainer: Trainer) -> R
     run = run_facts(data, trainer, train, 0 if val is None else val.examples, scheduler)
     held = memory.estimate(
         model,
-        memory.optimizer_bytes(optimizer, about.trainable, trained_dtype, _largest(model)),
+        memory.optimizer_bytes(optimizer, about.trainable, trained_dtype, _between_hidden_states(model)),
         about.loss,
         dtype,
         tokens=run.most_tokens,
@@ -92,11 +92,10 @@ def examine(module: CausalLMModule, data: ChatDataModule, trainer: Trainer) -> R
     return Report(facts, findings(facts))
 
 
-def _largest(model: PreTrainedModel) -> int:
-    """Weights of the largest matrix between hidden states that is trained."""
+def _between_hidden_states(model: PreTrainedModel) -> list[int]:
+    """Weights of each matrix between hidden states that is trained."""
     outer = set(outer_matrices(model))
-    inner = (p.numel() for p in model.parameters() if p.requires_grad and p.ndim == 2 and p not in outer)
-    return max(inner, default=0)
+    return [p.numel() for p in model.parameters() if p.requires_grad and p.ndim == 2 and p not in outer]
 
 
 def _trained(train: Rows, run: RunFacts) -> int:

@@ -13,6 +13,7 @@ gradient passes through, not those that only a weight's own gradient needs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,23 +201,37 @@ class OptimizerBytes:
     note: str
 
 
-def optimizer_bytes(optimizer: Optimizer, trained: int, dtype: torch.dtype, largest: int = 0) -> OptimizerBytes:
+def optimizer_bytes(
+    optimizer: Optimizer, trained: int, dtype: torch.dtype, matrices: Sequence[int] = ()
+) -> OptimizerBytes:
     """Ask the optimizer: it makes a step with one weight of 64 x 64, and its state is counted.
 
     Args:
         optimizer: Of that one weight, as `asked_weight` makes it; it is stepped.
         trained: Weights trained in the run.
         dtype: Of the run.
-        largest: Weights of the largest matrix between hidden states among them, which Muon takes at once.
+        matrices: Weights of each of the matrices between hidden states among them, which are Muon's.
     """
     weight: Tensor = optimizer.param_groups[0]["params"][0]
-    weight.grad = torch.zeros_like(weight)
     try:
-        optimizer.step()
+        state = _state_bytes(optimizer, weight)
+        if isinstance(optimizer, CompensatedMuon):
+            left = asked_weight(dtype)
+            optimizer.leave_to_adamw([left])
+            optimizer.add_param_group({"params": [left]})
+            share = sum(matrices) / trained if trained else 1.0
+            state = share * state + (1 - share) * _state_bytes(optimizer, left)
     except (RuntimeError, TypeError, ValueError, AssertionError):  # needs a GPU, a closure, …
         return OptimizerBytes(2.0 * dtype.itemsize, 0, "unknown optimizer, assumed 2 moments")
-    state = sum(value.nbytes for value in optimizer.state[weight].values() if isinstance(value, Tensor) and value.dim())
-    return OptimizerBytes(state / weight.numel(), _update_bytes(optimizer, trained, dtype, largest), "")
+    return OptimizerBytes(state, _update_bytes(optimizer, trained, dtype, max(matrices, default=0)), "")
+
+
+def _state_bytes(optimizer: Optimizer, weight: Tensor) -> float:
+    """Bytes that the optimizer keeps for each number of a weight of its own."""
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    kept = sum(value.nbytes for value in optimizer.state[weight].values() if isinstance(value, Tensor) and value.dim())
+    return kept / weight.numel()
 
 
 def asked_weight(dtype: torch.dtype) -> torch.nn.Parameter:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from lightning_trainer.adapters import LoraSettings, put_in
 from lightning_trainer.diagnose import memory
-from lightning_trainer.model import CompensatedAdamW, attention
+from lightning_trainer.model import CompensatedAdamW, CompensatedMuon, attention
 from lightning_trainer.model.loss import CHUNK, nats_chunked, nats_from_logits
 
 TOKENS = 256
@@ -165,6 +165,12 @@ def test_the_loss_takes_what_the_allocator_sees(loss: Any, frozen: bool) -> None
     step()  # gradients are there from here on, and counted elsewhere
     estimated = memory.loss_bytes(loss, hidden, rows, tokens=trained, trained=trained, itemsize=4, frozen=frozen)
     assert estimated == pytest.approx(_peak(step), rel=0.1)
+
+
+def test_muons_state_is_that_of_its_own_matrices_and_adamws_of_the_rest() -> None:
+    optimizer = CompensatedMuon([memory.asked_weight(torch.bfloat16)])
+    found = memory.optimizer_bytes(optimizer, 1000, torch.bfloat16, [150, 100])
+    assert found.state == 0.25 * (2 + 2) + 0.75 * (2 + 2 + 2)
 
 
 @pytest.mark.parametrize(
