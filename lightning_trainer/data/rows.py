@@ -6,6 +6,7 @@ A row that cannot be read is a `BadRow` with file, line and reason; only a file 
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import hashlib
 import json
@@ -14,13 +15,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lightning_trainer.types import InputError
 
 JSON_LINES = (".jsonl", ".ndjson")
 
 _FILE_SUFFIXES = (*JSON_LINES, ".json", ".parquet", ".txt", ".csv", ".gz", ".zst")
+
+AT_ONCE = 1 << 20
+"""Bytes of a JSON array that are read at once, at least."""
+
+LONGEST_WORD = 16
+"""Characters: nothing in JSON that a cut makes invalid, strings aside, is longer."""
+
+_DECODER = json.JSONDecoder()
+
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 _HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?(/(?P<split>[\w.-]+))?")
 
@@ -162,37 +173,98 @@ def _row_or_bad(name: str, number: int, data: object) -> RawRow | BadRow:
 
 
 def _read_json_array(name: str, path: Path) -> Iterator[RawRow | BadRow]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name}: not UTF-8 at byte {error.start}") from error
-    decoder, place, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
-    closing = "]"  # only an empty array may end here: behind a comma there must be a row
-    while True:
-        place = _skip(text, place)
-        if closing and text[place : place + 1] == closing:
-            break
-        line, counted = line + text.count("\n", counted, place), place
+    with path.open("rb") as file:
+        text = _Window(name, file)
+        text.next_character()  # "["
+        closing: str | None = "]"  # only an empty array may end here: behind a comma there must be a row
+        while text.next_character(peek=True) != closing:
+            line, data = text.next_value()
+            yield _row_or_bad(name, line, data)
+            if text.next_character(peek=True) == "]":
+                break
+            text.next_character()  # ","
+            closing = None
+        text.next_character()
+        if text.next_character():
+            raise InputError(f"{name}: there is more behind the end of the JSON array")
+
+
+class _Window:
+    """The stretch of a JSON file that is being read: a row at a time, so that a file may be larger than the memory.
+
+    Args:
+        name: Of the file, for messages.
+        file: Its bytes.
+    """
+
+    def __init__(self, name: str, file: BinaryIO) -> None:
+        self._name, self._file = name, file
+        self._decode, self._read = codecs.getincrementaldecoder("utf-8-sig")(), 0
+        self._text, self._place, self._ended = "", 0, False
+        self._line, self._counted = 1, 0
+
+    def next_character(self, peek: bool = False) -> str:
+        """The next that is no white space, or "" at the end of the file."""
+        while True:
+            self._place = _behind_space(self._text, self._place)
+            if self._place < len(self._text) or not self._more():
+                break
+        found = self._text[self._place : self._place + 1]
+        self._place += 0 if peek else len(found)
+        return found
+
+    def next_value(self) -> tuple[int, Any]:
+        """A row and the line it starts on; a comma or the array's end follows it.
+
+        Raises:
+            InputError: It is no JSON. What follows a break in an array cannot be told apart into rows.
+        """
+        while True:
+            self._line += self._text.count("\n", self._counted, self._place)
+            self._counted = self._place
+            try:
+                data, end = _DECODER.raw_decode(self._text, self._place)
+                behind = _behind_space(self._text, end)
+                if behind < len(self._text) or self._ended:
+                    if self._text[behind : behind + 1] not in (",", "]"):
+                        raise json.JSONDecodeError("Expecting ',' or ']'", self._text, end)
+                    self._place = end
+                    return self._line, data
+            except (ValueError, RecursionError) as error:
+                if self._ended or not _may_be_cut(error):
+                    where = f"{self._name}:{self._line}"
+                    raise InputError(f"{where}: this JSON array breaks in the row that starts here: {error}") from error
+            self._more()
+
+    def _more(self) -> bool:
+        """Read on, as much again as there is; whether there was anything."""
+        if self._ended:
+            return False
+        data = self._file.read(max(AT_ONCE, len(self._text) - self._place))
+        self._ended = not data
+        self._read += len(data)
         try:
-            data, place = decoder.raw_decode(text, place)
-            place = _skip(text, place)
-            if text[place : place + 1] not in (",", "]"):
-                raise json.JSONDecodeError("Expecting ',' or ']'", text, place)
-        except (ValueError, RecursionError) as error:
-            # What follows a break in an array cannot be told apart into rows.
-            raise InputError(f"{name}:{line}: this JSON array breaks in the row that starts here: {error}") from error
-        yield _row_or_bad(name, line, data)
-        if text[place] == "]":
-            break
-        place, closing = place + 1, ""
-    if text[place + 1 :].strip():
-        raise InputError(f"{name}: there is more behind the end of the JSON array")
+            added = self._decode.decode(data, final=self._ended)
+        except UnicodeDecodeError as error:
+            start = self._read - len(error.object) + error.start
+            raise InputError(f"{self._name}: not UTF-8 at byte {start}") from error
+        self._line += self._text.count("\n", self._counted, self._place)
+        self._text = self._text[self._place :] + added
+        self._place = self._counted = 0
+        return not self._ended or bool(added)
 
 
-def _skip(text: str, place: int) -> int:
-    while place < len(text) and text[place] in " \t\r\n":
-        place += 1
-    return place
+def _behind_space(text: str, place: int) -> int:
+    match = _SPACE.match(text, place)
+    assert match is not None
+    return match.end()
+
+
+def _may_be_cut(error: Exception) -> bool:
+    """Whether a value that does not parse might, were there more of the text."""
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    return error.msg.startswith("Unterminated string") or error.pos >= len(error.doc) - LONGEST_WORD
 
 
 def _read_parquet(name: str, path: Path) -> Iterator[RawRow | BadRow]:

@@ -8,9 +8,10 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lightning_trainer.data import rows as rows_module
 from lightning_trainer.data.rows import BadRow, RawRow, Source, read, sources
 from lightning_trainer.types import InputError
 
@@ -69,6 +70,43 @@ def test_a_bad_line_is_named_and_its_neighbours_are_read(tmp_path: Path, line: b
 def test_a_half_line_at_the_end_is_a_bad_row(tmp_path: Path) -> None:
     whole = b'{"a": 1}\n{"a": 2}\n'
     assert bad(rows_of(tmp_path / "a.jsonl", whole[:-4])) == [(2, "not JSON: Expecting value at column 6")]
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    rows=st.lists(
+        st.dictionaries(
+            st.text(max_size=3),
+            st.text(max_size=20) | st.integers() | st.floats(allow_nan=False) | st.booleans() | st.none()
+            | st.lists(st.text("\"\\]},[{ \n\u2028é😀", max_size=4), max_size=3),
+            max_size=3,
+        ),
+        max_size=5,
+    ),
+    indent=st.none() | st.integers(0, 2),
+    plain=st.booleans(),
+    cut=st.none() | st.integers(0, 60),
+    at_once=st.integers(1, 40),
+)  # fmt: skip
+def test_an_array_comes_out_the_same_however_much_of_it_is_read_at_once(
+    tmp_path: Path, rows: list[Any], indent: int | None, plain: bool, cut: int | None, at_once: int
+) -> None:
+    text = json.dumps(rows, indent=indent, ensure_ascii=plain)
+    text = text if cut is None else text[: min(cut, len(text) - 1)]
+    (tmp_path / "a.json").write_text(text, encoding="utf-8")
+
+    def found() -> list[Any]:
+        try:
+            return good(list(read(Source("a.json", tmp_path / "a.json"))))
+        except InputError as error:
+            return [str(error).partition(":")[0], str(error).split(":")[1]]  # file, line or what is wrong
+
+    whole = found()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows_module, "AT_ONCE", at_once)
+        assert found() == whole
+    if cut is None:
+        assert [data for _, data in whole] == rows
 
 
 def test_a_number_too_long_for_python_is_a_bad_row(tmp_path: Path) -> None:
