@@ -153,3 +153,26 @@ def test_without_torchs_and_without_flash_attn_there_is_none(ampere: None, monke
     varlen._kernel.cache_clear()
     assert varlen.kernel_for(OnGpu(), OnGpu(), 0.0) is None  # type: ignore[arg-type]
     varlen._kernel.cache_clear()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("key_heads", [1, 4])
+def test_on_a_gpu_the_kernel_gives_what_sdpa_gives_row_by_row(key_heads: int, window: int | None) -> None:
+    torch.manual_seed(0)
+    shapes = [(1, heads, sum(LENGTHS), 64) for heads in (4, key_heads, key_heads)]
+    found = []
+    for one_by_one in (False, True):
+        torch.manual_seed(1)
+        inputs = [torch.randn(shape, device="cuda").bfloat16().requires_grad_() for shape in shapes]
+        kernel = varlen.kernel_for(inputs[0], inputs[2], 0.0)
+        assert kernel is not None
+        if one_by_one:
+            out = attention._one_by_one(*inputs, list(LENGTHS), None, 0.0, window)
+        else:
+            starts = torch.tensor([0, *LENGTHS], device="cuda").cumsum(0).to(torch.int32)
+            out = kernel(*(part[0] for part in inputs), varlen.Rows(starts, max(LENGTHS), None, window))[None]
+        out.float().square().sum().backward()
+        found.append([out, *(part.grad for part in inputs)])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=2e-2, atol=2e-2)
