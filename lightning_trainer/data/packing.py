@@ -7,11 +7,12 @@ alike, and all examples of one length are alike. The loop runs over (length, roo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-Ints = npt.NDArray[np.int64]
+Ints = npt.NDArray[np.signedinteger[Any]]
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,17 @@ class Rows:
 
     def sums(self, values: Ints) -> Ints:
         """Sum over each row of a value per example."""
-        running = np.concatenate([[0], np.cumsum(values[self.order])])
-        return np.asarray(running[self.starts[1:]] - running[self.starts[:-1]], dtype=np.int64)
+        running = np.cumsum(values[self.order])
+        last = running[self.starts[1:] - 1]  # every row holds an example
+        return np.asarray(np.diff(last, prepend=0), dtype=np.int64)
 
     def take(self, rows: Ints) -> Rows:
         """These rows, in this order."""
         sizes = np.diff(self.starts)[rows]
         starts = np.concatenate([[0], np.cumsum(sizes)])
-        within = np.arange(starts[-1]) - np.repeat(starts[:-1], sizes)
-        return Rows(self.order[np.repeat(self.starts[rows], sizes) + within], starts)
+        at = np.arange(starts[-1], dtype=self.order.dtype)
+        at += np.repeat((self.starts[rows] - starts[:-1]).astype(at.dtype), sizes)
+        return Rows(self.order[at], starts)
 
 
 def one_per_row(examples: Ints) -> Rows:
@@ -68,15 +71,16 @@ def best_fit(lengths: Ints, capacity: int, examples: Ints) -> Rows:
     """
     if not len(examples):
         return one_per_row(examples)
-    sizes = lengths[examples]
+    sizes = lengths[examples].astype(np.int32)
     if sizes.max() > capacity or sizes.min() < 1:
         raise ValueError(f"lengths lie between {sizes.min()} and {sizes.max()}; a row takes 1 to {capacity} tokens")
-    by_length = np.argsort(-sizes, kind="stable")
-    row_of = np.empty(len(examples), dtype=np.int64)
+    # There may be many millions of examples: what is as long as they are is small, and not kept longer than needed.
+    by_length = np.argsort(-sizes, kind="stable").astype(np.int32)
+    row_of = np.empty(len(examples), dtype=np.int32)
     row_of[by_length] = _assign(sizes[by_length], capacity)
-    grouped = np.argsort(row_of, kind="stable")
-    counts = np.bincount(row_of)
-    return Rows(examples[grouped], np.concatenate([[0], np.cumsum(counts)]))
+    del sizes, by_length
+    starts = np.concatenate([[0], np.cumsum(np.bincount(row_of))])
+    return Rows(examples[np.argsort(row_of, kind="stable")], starts)
 
 
 def _assign(sizes: Ints, capacity: int) -> Ints:
@@ -84,10 +88,11 @@ def _assign(sizes: Ints, capacity: int) -> Ints:
     # room[r]: stack of arrays of rows with r tokens left. Row numbers are handed out in order of opening.
     room: list[list[Ints]] = [[] for _ in range(capacity + 1)]
     waiting = np.zeros(capacity + 1, dtype=bool)
-    values, first, counts = np.unique(-sizes, return_index=True, return_counts=True)
-    row_of = np.empty(len(sizes), dtype=np.int64)
+    first = np.concatenate([[0], np.flatnonzero(np.diff(sizes)) + 1])
+    counts = np.diff(first, append=len(sizes))
+    row_of = np.empty(len(sizes), dtype=np.int32)
     opened = 0
-    for size, start, count in zip((-values).tolist(), first.tolist(), counts.tolist(), strict=True):
+    for size, start, count in zip(sizes[first].tolist(), first.tolist(), counts.tolist(), strict=True):
         placed = 0
         while placed < count:
             fits = np.flatnonzero(waiting[size:])
@@ -98,7 +103,7 @@ def _assign(sizes: Ints, capacity: int) -> Ints:
             else:
                 left = capacity
                 need = -(-(count - placed) // (capacity // size))
-                rows = np.arange(opened, opened + need)
+                rows = np.arange(opened, opened + need, dtype=np.int32)
                 opened += need
             # The fullest row that still fits is the best fit, and stays so until nothing more of this size fits.
             each = left // size

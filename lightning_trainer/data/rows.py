@@ -31,6 +31,8 @@ LONGEST_WORD = 16
 
 _DECODER = json.JSONDecoder()
 
+_ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False, default=str)
+
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 _HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?(/(?P<split>[\w.-]+))?")
@@ -53,7 +55,7 @@ class RawRow:
     @cached_property
     def identity(self) -> int:
         """64 bits of the row's content: the same wherever the row stands, in whatever file."""
-        text = json.dumps(self.data, sort_keys=True, ensure_ascii=False, default=str)
+        text = _ENCODER.encode(self.data)
         return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 

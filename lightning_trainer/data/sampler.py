@@ -106,9 +106,9 @@ def plan_epoch(lengths: Ints, trained: Ints, layout: Layout, epoch: int) -> Epoc
         epoch: From 0; without effect unless the layout shuffles.
     """
     rng = np.random.default_rng([layout.seed, epoch])
-    examples = np.arange(len(lengths))
+    examples = np.arange(len(lengths), dtype=np.int32)
     if layout.shuffle:
-        examples = rng.permutation(examples)
+        rng.shuffle(examples)
     rows = one_per_row(examples) if layout.pack_to is None else best_fit(lengths, layout.pack_to, examples)
     if layout.shuffle:
         rows = rows.take(rng.permutation(len(rows)))

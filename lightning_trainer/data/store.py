@@ -59,10 +59,9 @@ class TokenStore:
         self._marks = [_lists(chunk) for chunk in table.column("trained").chunks]
         self._origin = {name: table.column(name) for name in ("file", "line", "turn")}
         self._first = np.cumsum([0, *(len(offsets) - 1 for offsets, _ in self._ids)])
-        self.lengths: Ints = np.concatenate([np.empty(0, np.int64), *(np.diff(o) for o, _ in self._ids)]).astype(
-            np.int64
-        )
-        self.trained: Ints = table.column("trained_tokens").to_numpy().astype(np.int64)
+        lengths = (np.diff(offsets).astype(np.int32) for offsets, _ in self._ids)
+        self.lengths: Ints = np.concatenate([np.empty(0, np.int32), *lengths])
+        self.trained: Ints = table.column("trained_tokens").to_numpy()
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -14,7 +14,7 @@ WIDTH = 100
 INDENT = 10
 
 ASSUMED = (
-    "assumes attention without stored scores, norms in fp32, torch's accurate chunked loss;",
+    "assumes attention without stored scores and norms in fp32;",
     f"{CONTEXT // GIB} GiB is left for CUDA's context and fragmentation",
 )
 
