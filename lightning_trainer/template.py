@@ -100,14 +100,17 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
     """Token ids of texts that already hold their special tokens; nothing is added, nothing truncated."""
     if not texts:
         return []
-    if (backend := backend_of(tokenizer)) is not None:
+    if (backend := bare_backend(tokenizer)) is not None:
         return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
     encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
     return [list(ids) for ids in encoded["input_ids"]]
 
 
-def backend_of(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """What a tokenizer hands its texts to, set as it sets it; None where it does more with them than that."""
+def bare_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """What a tokenizer hands its texts to, freed of padding and truncation, as its every call without them does.
+
+    None where it does more with texts than hand them on.
+    """
     from transformers import PreTrainedTokenizerFast
 
     own_way = getattr(type(tokenizer), "_encode_plus", None) is not PreTrainedTokenizerFast._encode_plus

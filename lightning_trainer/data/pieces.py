@@ -9,9 +9,9 @@ token between them: it cuts a text at its special tokens before it looks at anyt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_trainer.template import backend_of, continued_token_ids, token_ids
+from lightning_trainer.template import bare_backend, continued_token_ids, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,8 +42,8 @@ class PieceTokenizer:
         text, token = self._separator
         joined = token_ids(self.tokenizer, [text.join(row) for row in rows])
         found = [_cut(ids, token) for ids in joined]
-        unclear = [place for place, row in enumerate(rows) if len(found[place]) != len(row)]
         # Where a text holds the separator itself, its pieces are not told apart by it.
+        unclear = [place for place, row in enumerate(rows) if any(text in piece for piece in row)]
         for place, parts in zip(unclear, _apart(self.tokenizer, [rows[place] for place in unclear]), strict=True):
             found[place] = parts
         return found
@@ -67,17 +67,35 @@ def _cut(ids: list[int], token: int) -> list[list[int]]:
 
 def _separator_of(tokenizer: PreTrainedTokenizerBase) -> _Separator | None:
     """A special token that texts seldom hold, if pieces come out between it as they do by themselves."""
-    if backend_of(tokenizer) is None:
+    if bare_backend(tokenizer) is None:
         return None
-    plain = [
-        _Separator(added.content, number)
-        for number, added in tokenizer.added_tokens_decoder.items()
-        if added.special and not (added.lstrip or added.rstrip or added.single_word or added.normalized)
-    ]
+    added = tokenizer.added_tokens_decoder
     template = str(tokenizer.chat_template)
-    chosen = next((token for token in plain if token.text not in template), None)
+    chosen = next(
+        (
+            _Separator(token.content, number)
+            for number, token in added.items()
+            if token.content not in template and _stands_alone(token, [other.content for other in added.values()])
+        ),
+        None,
+    )
     if chosen is None:
         return None
     rows = [[one, other] for one in _PROBES for other in _PROBES]
     joined = token_ids(tokenizer, [chosen.text.join(row) for row in rows])
     return chosen if [_cut(ids, chosen.token) for ids in joined] == _apart(tokenizer, rows) else None
+
+
+def _stands_alone(token: Any, added: Sequence[str]) -> bool:
+    """Whether it is found as it stands whatever is beside it, and its neighbours as if it were the end of the text."""
+    if not token.special or token.lstrip or token.rstrip or token.single_word or token.normalized:
+        return False
+    text = token.content
+    is_word = any(text[place].isalnum() or text[place] == "_" for place in (0, -1))
+    return not is_word and not any(_overlap(text, other) for other in added if other != text)
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether one text could begin within the other, or hold it."""
+    ends = range(1, min(len(one), len(other)) + 1)
+    return any(one[-n:] == other[:n] or other[-n:] == one[:n] for n in ends) or one in other or other in one

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, overload
 
+from jinja2 import TemplateError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -33,7 +35,7 @@ _PROMPT_FLAG = "add_generation_prompt"
 
 _LOOP_NUMBERS = frozenset({"index", "index0", "first", "last", "length", "revindex", "revindex0"})
 
-_SCALARS = frozenset({bool, int, str, type(None)})
+_SCALARS = frozenset({bool, int, str})
 
 
 def is_plain(conversation: Mapping[str, Any]) -> bool:
@@ -46,7 +48,6 @@ def is_plain(conversation: Mapping[str, Any]) -> bool:
 
 def plain_template(tokenizer: PreTrainedTokenizerBase, source: str) -> PlainTemplate | None:
     """The template `source` with the tokenizer's special tokens; None where it renders in a way of its own."""
-    from jinja2 import TemplateError
     from transformers import PreTrainedTokenizerBase
     from transformers.utils import chat_template_utils
 
@@ -81,8 +82,8 @@ class PlainTemplate:
         )
         self._template = self._environment.from_string(source)
         self._variables = {"tools": None, "documents": None, **special_tokens}
-        marked = _with_marks(self._environment.parse(source))
-        self._watching = None if marked is None else self._environment.from_string(marked)
+        watching = _with_message_ends(self._environment.parse(source))
+        self._watching = None if watching is None else self._environment.from_string(watching)
         self._generation_prompt: str | None = None  # where it is the same for all
         self._looks_ahead = 0
 
@@ -141,30 +142,33 @@ class PlainTemplate:
             if not all(end in places and end - 1 in places for end in ends):
                 return None
             if self._generation_prompt is None:
-                begun, places_begun = self._watched(messages[: ends[0] - 1], add_generation_prompt=True)
-                self._generation_prompt = begun[places_begun[ends[0] - 1] :]
-        except Exception:  # rendered turn by turn it comes to light which of them the template refuses, and why
-            return None
+                before = ends[0] - 1
+                begun, places_begun = self._watched(messages[:before], add_generation_prompt=True)
+                if before not in places_begun:
+                    return None
+                self._generation_prompt = begun[places_begun[before] :]
+        except (TemplateError, TypeError, LookupError, AttributeError, ValueError):
+            return None  # turn by turn it comes to light whether the template refuses one of them, and why
         prompt, closing = self._generation_prompt, text[places[ends[-1]] :]
         return [(text[: places[end - 1]] + prompt, text[: places[end]] + closing) for end in ends]
 
     def _watched(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> tuple[str, dict[int, int]]:
-        """The text, and by number of messages where what they alone account for ends."""
+        """The text, and by number of messages where what they alone account for ends; nothing where that is unclear."""
         watched, pieces, size = Watched(messages), [], 0
         places: dict[int, int] = {}
-        for piece in self._pieces(self._watching, watched, add_generation_prompt, **{_MARK_NAME: _MARK}):
-            if piece is _MARK:
-                seen = watched.seen
-                if seen != watched.passed or watched.loops != 1:
-                    return "", {}  # the loop is not over the messages, or something else has looked at them
-                places[seen] = size
+        for piece in self._pieces(self._watching, watched, add_generation_prompt, **{_END_NAME: _END}):
+            if piece is _END:
+                count = watched.start + len(places) + 1
+                if watched.seen != count or watched.loops != 1:
+                    return "", {}  # something else was looked at than the messages one by one
+                places[count] = size
             else:
                 pieces.append(piece)
                 size += len(piece)
-        return "".join(pieces), places
+        return ("".join(pieces), places) if watched.finished else ("", {})
 
 
-class _Mark(str):
+class _EndOfMessage(str):
     """Stands among the pieces of a rendered text; is no text itself."""
 
     __slots__ = ()
@@ -173,9 +177,9 @@ class _Mark(str):
         return self
 
 
-_MARK = _Mark()
+_END = _EndOfMessage()
 
-_MARK_NAME = "end_of_message"
+_END_NAME = "lightning_trainer_end_of_message"
 
 
 class Watched(Sequence["Message"]):
@@ -184,38 +188,53 @@ class Watched(Sequence["Message"]):
     Args:
         messages: All.
         start: How many at the front are not shown, because the template took a slice.
-        whole: What this is a slice of.
+        whole: What this is a slice of; it keeps the notes.
 
     Attributes:
-        seen: How many messages were looked at; one more than there are, once it was asked how many there are.
-        passed: How many of them a loop has come to.
-        loops: How many loops there were.
+        seen: How many messages were looked at; one more than there are, once it could be told how many there are.
+        loops: How many loops there were over them.
+        start: Where the last of these began.
+        finished: Whether it came to the end.
     """
 
-    def __init__(self, messages: Sequence[Message], start: int = 0, whole: Watched | None = None) -> None:
-        self._messages, self._start, self._whole = messages, start, whole or self
-        self.seen = self.passed = self.loops = 0
+    __hash__ = None  # type: ignore[assignment]  # as a list's
 
-    def _look(self, count: int) -> None:
+    def __init__(self, messages: Sequence[Message], start: int = 0, whole: Watched | None = None) -> None:
+        self._messages, self._start = messages, start
+        self._whole = self if whole is None else whole
+        self.seen = self.loops = self.start = 0
+        self.finished = False
+
+    def look(self, count: int | None = None) -> None:
+        """Note that so many messages have been looked at; None: all, and how many they are."""
+        count = len(self._messages) + 1 if count is None else count
         self._whole.seen = max(self._whole.seen, count)
 
     def __len__(self) -> int:
-        self._look(len(self._messages) + 1)
+        self.look()
         return len(self._messages) - self._start
 
     def __bool__(self) -> bool:
-        self._look(self._start + 1)
+        self.look(self._start + 1)
         return len(self._messages) > self._start
+
+    def __repr__(self) -> str:
+        self.look()
+        return repr(self._messages[self._start :])
+
+    def __eq__(self, other: object) -> bool:
+        self.look()
+        return self._messages[self._start :] == (list(other) if isinstance(other, Watched) else other)
 
     def __iter__(self) -> Iterator[Message]:
         whole = self._whole
-        whole.loops += 1
+        whole.loops, whole.start = whole.loops + 1, self._start
         for place in range(self._start, len(self._messages)):
-            whole.passed = place + 1
             if whole.seen <= place:
                 whole.seen = place + 1
             yield self._messages[place]
-        self._look(len(self._messages) + 1)
+        self.look()
+        whole.finished = True
 
     @overload
     def __getitem__(self, place: int) -> Message: ...
@@ -223,11 +242,11 @@ class Watched(Sequence["Message"]):
     def __getitem__(self, place: slice) -> Sequence[Message]: ...
     def __getitem__(self, place: int | slice) -> Message | Sequence[Message]:
         if isinstance(place, int) and place >= 0:
-            self._look(min(self._start + place, len(self._messages)) + 1)
+            self.look(min(self._start + place, len(self._messages)) + 1)
             return self._messages[self._start + place]
         if isinstance(place, slice) and (place.start or 0) >= 0 and place.stop is None and place.step in (None, 1):
             return Watched(self._messages, self._start + (place.start or 0), self._whole)
-        self._look(len(self._messages) + 1)
+        self.look()
         return self._messages[self._start :][place]
 
 
@@ -252,8 +271,10 @@ def _with_quick_attributes(environment: Any) -> Any:
                 return getattr(thing, name)
         elif isinstance(thing, Namespace):
             value = getattr(thing, name, None)
-            if value is not None and type(value) in _SCALARS and not name.startswith("_"):
+            if type(value) in _SCALARS:
                 return value
+        elif kind is Watched:
+            thing.look()  # it has other attributes than the list it stands for
         return careful(thing, name)
 
     overlaid = environment.overlay()
@@ -261,8 +282,8 @@ def _with_quick_attributes(environment: Any) -> Any:
     return overlaid
 
 
-def _with_marks(tree: Any) -> Any:
-    """The template with a mark behind the body of its last loop; None where that loop's end says nothing."""
+def _with_message_ends(tree: Any) -> Any:
+    """The template with a mark behind the body of its last loop; None where what follows depends on the messages."""
     from jinja2 import nodes
 
     loops = [place for place, node in enumerate(tree.body) if isinstance(node, nodes.For)]
@@ -271,16 +292,11 @@ def _with_marks(tree: Any) -> Any:
     main, tail = tree.body[loops[-1]], tree.body[loops[-1] + 1 :]
     in_tail = [name.name for node in tail for name in node.find_all(nodes.Name)]
     everywhere = [name.name for name in tree.find_all(nodes.Name)]
+    changeable = {"messages"} | {name.name for name in tree.find_all(nodes.Name) if name.ctx != "load"}
     calls = [call for node in tail for call in node.find_all(nodes.Call)]
-    if everywhere.count(_PROMPT_FLAG) != in_tail.count(_PROMPT_FLAG) or calls or _changeable(tree) & {*in_tail}:
+    if changeable & {*in_tail} or calls or everywhere.count(_PROMPT_FLAG) != in_tail.count(_PROMPT_FLAG):
         return None
-    main.body.append(nodes.Output([nodes.Name(_MARK_NAME, "load")]).set_environment(tree.environment))
+    if _END_NAME in everywhere:
+        return None
+    main.body.append(nodes.Output([nodes.Name(_END_NAME, "load")]).set_environment(tree.environment))
     return tree
-
-
-def _changeable(tree: Any) -> set[str]:
-    """Names that may stand for something else after one message than after another."""
-    from jinja2 import nodes
-
-    stored = {name.name for name in tree.find_all(nodes.Name) if name.ctx != "load"}
-    return stored | {macro.name for macro in tree.find_all(nodes.Macro)} | {"messages", "loop", "self", "caller"}

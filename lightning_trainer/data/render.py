@@ -47,9 +47,9 @@ def marked_token_ids(
 
     What refuses a conversation stands in its place.
     """
-    quick, backend = _plain_template(tokenizer), template.backend_of(tokenizer)
+    quick, backend = _plain_template(tokenizer), template.bare_backend(tokenizer)
     known = quick is not None and backend is not None and quick.has_tracker
-    quickly = (lambda given: _marked(quick, backend, given)) if quick is not None and known else None
+    quickly = (lambda given: _marked_quickly(quick, backend, given)) if quick is not None and known else None
 
     def together(given: list[list[Message]], extras: dict[str, Any]) -> list[Marked]:
         out: Any = tokenizer.apply_chat_template(
@@ -97,7 +97,9 @@ def _turns(quick: PlainTemplate, messages: Sequence[Message]) -> Turns | ValueEr
     return turns
 
 
-def _marked(quick: PlainTemplate, backend: Any, conversations: Sequence[Conversation]) -> list[Marked | ValueError]:
+def _marked_quickly(
+    quick: PlainTemplate, backend: Any, conversations: Sequence[Conversation]
+) -> list[Marked | ValueError]:
     rendered: list[tuple[str, list[tuple[int, int]]] | ValueError] = []
     for conversation in conversations:
         try:
@@ -108,10 +110,10 @@ def _marked(quick: PlainTemplate, backend: Any, conversations: Sequence[Conversa
             rendered.append(error)
     texts = [one[0] for one in rendered if not isinstance(one, ValueError)]
     encodings = iter(backend.encode_batch(texts, add_special_tokens=False))
-    return [one if isinstance(one, ValueError) else _with_marks(next(encodings), one[1]) for one in rendered]
+    return [one if isinstance(one, ValueError) else _flags_of_spans(next(encodings), one[1]) for one in rendered]
 
 
-def _with_marks(encoding: Any, spans: Sequence[tuple[int, int]]) -> Marked:
+def _flags_of_spans(encoding: Any, spans: Sequence[tuple[int, int]]) -> Marked:
     """Token ids, and 1 for those that hold a character of a span."""
     ids: list[int] = encoding.ids
     marks = [0] * len(ids)

@@ -244,7 +244,8 @@ def _update_bytes(optimizer: Optimizer, trained: int, dtype: torch.dtype, larges
         # of one matrix: fp32 weight, gradient and momentum, the first and last twice, and Newton-Schulz in bf16
         return max(largest * (5 * 4 + 4 * 2), min(BUCKET, trained) * (16 if dtype == torch.bfloat16 else 0))
     if isinstance(optimizer, CompensatedAdamW):
-        # fp32 copies of weight, gradient and two moments; under 16-true the moments are fp32 themselves.
+        # fp32 copies of weight, gradient and two moments; under 16-true the moments are fp32 themselves. At most: the
+        # kernel, where it can be used, makes none.
         copies = {torch.bfloat16: 16, torch.float16: 8}.get(dtype, 0)
         return min(BUCKET, trained) * copies
     group = optimizer.param_groups[0]

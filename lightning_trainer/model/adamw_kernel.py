@@ -21,8 +21,6 @@ log = logging.getLogger(__name__)
 
 BLOCK = 1024
 
-Update = Callable[["list[Piece]", dict[str, Any]], None]
-
 
 def fits(param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> bool:
     """Whether the kernel takes this parameter: plain bf16 tensors without gaps."""
@@ -53,7 +51,7 @@ def step(pieces: Sequence[Piece], group: dict[str, Any], found_inf: Tensor | Non
     device = pieces[0].weight.device
     skip = torch.zeros((), device=device) if found_inf is None else found_inf
     steps = [piece.state["step"] for piece in pieces]
-    torch._foreach_add_(steps, 1.0 - skip)
+    torch._foreach_add_(steps, (skip == 0).float())
     count = torch.stack(steps).double()
     # Of each parameter, as many steps as it has taken: lr / (1 - beta1^n) and sqrt(1 - beta2^n).
     corrections = torch.stack((lr / (1 - beta1**count), (1 - beta2**count).sqrt()), dim=1).float()
@@ -89,9 +87,12 @@ def works_on(device: torch.device, reference: Callable[[torch.device], tuple[Ten
         return False
     try:
         passes, kernel = reference(device)
-        torch.testing.assert_close(kernel, passes, rtol=1e-6, atol=1e-6)
-    except Exception as error:  # no Triton, no compiler for it, a device it does not know: no reason to end a run
+        same = bool(torch.isclose(kernel, passes, rtol=1e-6, atol=1e-6).all())
+        reason = "" if same else "on this device it comes to other numbers"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # Triton is not there, finds no compiler, does not know the device: never a run's end
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    if reason:
         log.warning("CompensatedAdamW steps without its kernel, several times slower: %s", reason)
-        return False
-    return True
+    return not reason

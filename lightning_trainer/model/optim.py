@@ -2,8 +2,8 @@
 
 Under round-to-nearest an update smaller than half a bf16 step vanishes: at lr 1e-5 four of five weights never move.
 Here each bf16 weight keeps beside it the 16 bits that rounding cut off its fp32 value, so the optimizer sees and
-updates exact fp32 weights, at two more bytes a weight (where fp32 master weights cost four). The arithmetic is torch's
-own fused AdamW in fp32, on a bucket of tensors at a time.
+updates exact fp32 weights, at two more bytes a weight (where fp32 master weights cost four). The arithmetic is that of
+torch's fused AdamW in fp32: torch itself does it on a bucket of tensors at a time, or `adamw_kernel` on a GPU.
 
     fp32 weight   0 01111100 01001001 1011110001101010
     bf16 weight   0 01111100 01001010                     rounded: what the model computes with

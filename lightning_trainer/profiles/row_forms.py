@@ -144,12 +144,12 @@ def _turns(value: Any, key: str) -> list[Message]:
     if not value:
         raise ValueError(f"{key!r} is empty; a row needs at least one message")
     return [
-        {"role": turn["role"], "content": turn["content"]} if _is_plain(turn) else _message(turn, f"{key}[{position}]")
+        {"role": turn["role"], "content": turn["content"]} if _is_sound(turn) else _message(turn, f"{key}[{position}]")
         for position, turn in enumerate(value)
     ]
 
 
-def _is_plain(turn: Any) -> bool:
+def _is_sound(turn: Any) -> bool:
     """Whether it is a sound message of a role and a text and nothing else, as most are."""
     if type(turn) is not dict or len(turn) != 2:
         return False
@@ -225,8 +225,8 @@ def _text(value: Any, key: str) -> str:
 
 def _is_encodable(text: str) -> bool:
     try:
-        text.encode()
-    except UnicodeEncodeError:
+        _check_encodable(text, "")
+    except ValueError:
         return False
     return True
 

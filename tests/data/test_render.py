@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lightning_trainer.data.pieces import PieceTokenizer
@@ -67,6 +67,23 @@ LOOKING = {
     "steps": "{% for i in range(2) %}{% for m in messages %}{{ m.content }}"
     "{% if loop.index0 == i %}{% break %}{% endif %}{% endfor %}{% endfor %}" + PROMPT,
     "tail_calls": LOOP + "{% if add_generation_prompt %}{{ strftime_now('%f') | length }}{% endif %}",
+    "peeks_at_tools": "{% for m in messages %}{% if m.role == 'tool' %}{{ m.content }}"
+    "{% if loop.last or loop.nextitem.role != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}{% else %}" + MESSAGE
+    + "{% endif %}{% endfor %}" + PROMPT,
+    "peeks_at_users": "{% for m in messages %}{% set u = m.role == 'user' %}"
+    "{% if u and not loop.last and loop.nextitem.role == 'user' %}{{ '+' }}{% endif %}" + MESSAGE
+    + "{% endfor %}" + PROMPT,
+    "printed": "{{ messages | string | length }}" + LOOP + PROMPT,
+    "compared": "{% if messages[0:] == messages %}{{ '=' }}{% endif %}" + LOOP + PROMPT,
+    "printed_within": "{% for m in messages %}{{ (messages,) | string | length }}" + MESSAGE + "{% endfor %}" + PROMPT,
+    "method": "{% if messages.copy is defined %}{{ messages.copy() | length }}{% endif %}" + LOOP + PROMPT,
+    "no_method": "{% if messages.seen is defined %}{{ '!' }}{% endif %}" + LOOP + PROMPT,
+    "first_of": "{{ (messages | first).content }}" + LOOP + PROMPT,
+    "before_it": "{% for m in messages %}{{ m.role }}{% break %}{% endfor %}" + LOOP + PROMPT,
+    "own_items": "{% set d = dict(items=5) %}{{ d.items is callable }}{{ d['items'] }}" + LOOP[:0]
+    + "{{ messages | length }}" + LOOP + PROMPT,
+    "names_the_mark": "{% for m in messages %}{{ m.content + ('' if lightning_trainer_end_of_message is defined else '.') }}{% endfor %}"
+    + PROMPT,
     "tail_looks": LOOP + "{% for m in messages %}{{ m.role }}{% endfor %}{{ messages[0].role }}" + PROMPT,
     "buffered": "{% set out %}" + LOOP + "{% endset %}{{ out }}" + PROMPT,
     "filtered": "{% filter trim %}" + LOOP + "{% endfilter %}" + PROMPT,
@@ -88,7 +105,7 @@ texts = st.text(st.sampled_from("ab \n<|im_end|>{}é😀"), min_size=1, max_size
 messages = st.lists(
     st.builds(
         lambda role, content: {"role": role, "content": content},
-        st.sampled_from(("system", "user", "assistant", "user", "assistant")),
+        st.sampled_from(("system", "user", "assistant", "tool", "user", "assistant")),
         texts,
     ),
     min_size=1,
@@ -171,12 +188,26 @@ def test_a_template_that_looks_ahead_is_rendered_turn_by_turn(
     assert renders(monkeypatch, make_tokenizer(LOOKING[name])) >= 4
 
 
-def test_what_a_template_cannot_be_watched_through_is_not_tried_for_ever(make_tokenizer: MakeTokenizer) -> None:
-    quick = PlainTemplate(LOOKING["last"], {})
+def test_what_a_template_cannot_be_watched_through_is_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    peeking = PlainTemplate(LOOKING["peeks_at_tools"], {})
+    looks_ahead, does_not = [CHAT[1], {"role": "tool", "content": "t"}, CHAT[2]], CHAT
+    tried = 0
+    watched = PlainTemplate._watched
+
+    def counting(*args: Any, **options: Any) -> Any:
+        nonlocal tried
+        tried += 1
+        return watched(*args, **options)
+
+    peeking.turns([CHAT[1], CHAT[2]])  # the generation prompt is known from then on
+    monkeypatch.setattr(PlainTemplate, "_watched", counting)
+    for _ in range(63):
+        peeking.turns(looks_ahead)
+    peeking.turns([CHAT[1], CHAT[2]])  # one between them that does not: the count begins anew
     for _ in range(70):
-        quick.turns(CHAT)
-    assert quick._looks_ahead >= 64
-    assert quick.turns(CHAT) == reference(make_tokenizer(LOOKING["last"]), CHAT)
+        peeking.turns(looks_ahead)
+    assert tried == 63 + 1 + 64
+    assert peeking.turns(does_not)[-1][1].endswith("four<|im_end|>\n")
 
 
 def test_messages_note_how_far_they_were_looked_at() -> None:
@@ -186,13 +217,17 @@ def test_messages_note_how_far_they_were_looked_at() -> None:
     rest = watched[1:]
     assert watched.seen == 1
     assert (rest[1], watched.seen) == (CHAT[2], 3)
-    assert (next(iter(watched)), watched.passed, watched.seen) == (CHAT[0], 1, 3)
-    assert list(iter(rest)) == CHAT[1:]
-    assert (watched.passed, watched.seen) == (5, 6)
-    for look in (len, lambda it: it[-1], lambda it: it[:2], lambda it: it[::-1], list, lambda it: it[5:][:1]):
+    loop = iter(rest)
+    assert (next(loop), watched.loops, watched.start, watched.seen, watched.finished) == (CHAT[1], 1, 1, 3, False)
+    assert list(loop) == CHAT[2:]
+    assert (watched.seen, watched.finished) == (6, True)
+    looks = (len, repr, str, lambda it: it[-1], lambda it: it[:2], lambda it: it[::-1], list, lambda it: it[5:][:1],
+             lambda it: it == CHAT, lambda it: it != it[:0], lambda it: CHAT[0] in it[4:])  # fmt: skip
+    for look in looks:
         watched = Watched(CHAT)
-        look(watched)
+        answer = look(watched)
         assert watched.seen == 6
+        assert answer == look(CHAT)
 
 
 def test_the_tokenizers_way_is_taken_where_the_first_comes_out_otherwise(
@@ -200,6 +235,16 @@ def test_the_tokenizers_way_is_taken_where_the_first_comes_out_otherwise(
 ) -> None:
     monkeypatch.setattr(PlainTemplate, "turns", lambda self, messages: [("wrong", "wrong and")])
     assert turns_of_all(tokenizer, [{"messages": CHAT}] * 3) == [reference(tokenizer, CHAT)] * 3
+
+
+def test_the_tokenizers_way_is_taken_where_transformers_has_another(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Any
+) -> None:
+    monkeypatch.delattr("transformers.utils.chat_template_utils._compile_jinja_template")
+    assert plain_template(tokenizer, tokenizer.chat_template) is None
+    monkeypatch.undo()
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", lambda *_, **__: ["mine"])
+    assert plain_template(tokenizer, tokenizer.chat_template) is None
 
 
 def test_conversations_with_more_than_texts_go_the_tokenizers_way_beside_the_others(
@@ -269,6 +314,37 @@ def test_a_text_that_holds_the_separator_is_cut_apart_all_the_same(tokenizer: An
     found = pieces(rows)
     assert found == [[*token_ids(tokenizer, row[:1]), *token_ids(tokenizer, row[1:])] for row in rows]
     assert end in found[0][0]
+
+
+@pytest.mark.parametrize(
+    ("added", "expected"),
+    [
+        ([AddedToken("<|free|>", special=True, normalized=False)], "<|free|>"),
+        ([AddedToken("<|im_start|>", special=True, normalized=False)], None),  # in the template
+        ([AddedToken("EOS", special=True, normalized=False)], None),
+        ([AddedToken("<|free|>", special=False, normalized=False)], None),
+        ([AddedToken("<|free|>", special=True, normalized=True)], None),
+        ([AddedToken("<|free|>", special=True, normalized=False, lstrip=True)], None),
+        ([AddedToken("<|free|>", special=True, normalized=False, rstrip=True)], None),
+        ([AddedToken("<|free|>", special=True, normalized=False, single_word=True)], None),
+        ([AddedToken("<|free|>", special=True, normalized=False), AddedToken("<<|free|>", special=False)], None),
+        ([AddedToken("<|free|>", special=True, normalized=False), AddedToken("a<", special=False)], None),
+        ([AddedToken("<|free|>", special=True, normalized=False), AddedToken("foo", single_word=True)], "<|free|>"),
+    ],
+)
+def test_a_separator_stands_alone(added: list[Any], expected: str | None) -> None:
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    inner.train_from_iterator(["hello world " * 9], trainer)
+    inner.add_tokens(added)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
+    tokenizer.chat_template = APPENDING["chatml"]
+    pieces = PieceTokenizer(tokenizer)
+    assert (pieces._separator and pieces._separator.text) == expected
+    rows = [["a foo", "foo b"], ["a<", "b<|free|>c"], ["<", "|free|>"]]
+    assert pieces(rows) == [[*token_ids(tokenizer, row[:1]), *continued_token_ids(tokenizer, row[1:])] for row in rows]
 
 
 def test_a_tokenizer_that_puts_a_space_before_every_text_is_given_each_by_itself() -> None:

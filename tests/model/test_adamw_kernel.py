@@ -67,7 +67,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     before = [tensor.clone() for tensor in (param.detach(), *state.values())]
     assert param.grad is not None
     param.grad[3] = float("nan")
-    adamw_kernel.step([Piece.of(param, state)], group, torch.ones((), device=DEVICE))
+    adamw_kernel.step([Piece.of(param, state)], group, torch.full((), 2.0, device=DEVICE))
     assert all(map(torch.equal, before, (param.detach(), *state.values())))
 
 
@@ -127,4 +127,7 @@ def test_a_kernel_that_does_not_work_is_told_of_once_and_not_used(caplog: pytest
         ["CompensatedAdamW steps without its kernel, several times slower: no C compiler"],
     )
     assert not adamw_kernel.works_on(device, lambda device: (torch.ones(1), torch.zeros(1)))
+    assert caplog.messages[1:] == [
+        "CompensatedAdamW steps without its kernel, several times slower: on this device it comes to other numbers"
+    ]
     assert not adamw_kernel.works_on(torch.device("cpu"), broken)

@@ -202,20 +202,29 @@ def test_fp16_keeps_fp32_moments_of_small_gradients() -> None:
     torch.testing.assert_close(param.detach().float(), torch.full((4,), -1e-3), rtol=0.01, atol=0)
 
 
-def test_buckets_do_not_change_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, split = params_of(torch.bfloat16), params_of(torch.bfloat16)
+BUCKETS = pytest.mark.parametrize(
+    ("bucket", "dtype"), [("CPU_BUCKET", torch.bfloat16), ("CPU_BUCKET", torch.float16), ("BUCKET", torch.float32)]
+)
+
+
+@BUCKETS
+def test_buckets_do_not_change_the_update(monkeypatch: pytest.MonkeyPatch, bucket: str, dtype: torch.dtype) -> None:
+    whole, split = params_of(dtype), params_of(dtype)
     first, second = CompensatedAdamW(whole, lr=1e-3), CompensatedAdamW(split, lr=1e-3)
     for step in range(3):
         set_grads(whole, step)
         set_grads(split, step)
         first.step()
         with monkeypatch.context() as patch:
-            patch.setattr(optim, "CPU_BUCKET", 16)
+            patch.setattr(optim, bucket, 16)
             second.step()
     assert same(snapshot(first), snapshot(second))
 
 
-def test_temporaries_are_bounded_by_the_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+@BUCKETS
+def test_temporaries_are_bounded_by_the_bucket(
+    monkeypatch: pytest.MonkeyPatch, bucket: str, dtype: torch.dtype
+) -> None:
     """An embedding of 152k x 4096 is 37 buckets; whole, its fp32 temporaries would take 10 GB."""
     sizes: list[int] = []
     update = optim.adamw
@@ -225,8 +234,8 @@ def test_temporaries_are_bounded_by_the_bucket(monkeypatch: pytest.MonkeyPatch) 
         update(weights, *args, **kwargs)
 
     monkeypatch.setattr(optim, "adamw", watched)
-    monkeypatch.setattr(optim, "CPU_BUCKET", 16)
-    params = params_of(torch.bfloat16)  # 35, 11 and 24 weights
+    monkeypatch.setattr(optim, bucket, 16)
+    params = params_of(dtype)  # 35, 11 and 24 weights
     set_grads(params, 0)
     CompensatedAdamW(params).step()
     assert max(sizes) <= 16
