@@ -80,10 +80,10 @@ LOOKING = {
     "no_method": "{% if messages.seen is defined %}{{ '!' }}{% endif %}" + LOOP + PROMPT,
     "first_of": "{{ (messages | first).content }}" + LOOP + PROMPT,
     "before_it": "{% for m in messages %}{{ m.role }}{% break %}{% endfor %}" + LOOP + PROMPT,
-    "own_items": "{% set d = dict(items=5) %}{{ d.items is callable }}{{ d['items'] }}{{ messages | length }}" + LOOP
-    + PROMPT,
-    "names_the_mark": "{% for m in messages %}{{ m.content + ('' if lightning_trainer_end_of_message is defined else '.') }}{% endfor %}"
-    + PROMPT,
+    "own_items": "{% set d = dict(items=5) %}{{ d.items is callable }}{{ d['items'] }}{{ messages | length }}"
+    + LOOP + PROMPT,
+    "names_the_mark": "{% for m in messages %}{{ m.content }}"
+    "{{ '' if lightning_trainer_end_of_message is defined else '.' }}{% endfor %}" + PROMPT,
     "tail_looks": LOOP + "{% for m in messages %}{{ m.role }}{% endfor %}{{ messages[0].role }}" + PROMPT,
     "buffered": "{% set out %}" + LOOP + "{% endset %}{{ out }}" + PROMPT,
     "filtered": "{% filter trim %}" + LOOP + "{% endfilter %}" + PROMPT,
