@@ -8,7 +8,7 @@ import json
 import os
 import random
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +81,46 @@ def remembered_bound(folder: Path, files: list[Source], seed: int, fraction: flo
             tmp.write_text(json.dumps(bound), encoding="ascii")
             os.replace(tmp, path)
     return bound
+
+
+class LateRandom(random.Random):
+    """`random.Random(seed())`, seeded when the first number is drawn: most profiles draw none."""
+
+    def __init__(self, seed: Callable[[], str]) -> None:
+        self._late_seed = seed
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "gauss_next":
+            return _begun(self).gauss_next
+        raise AttributeError(name)
+
+    def __reduce__(self) -> Any:
+        return _begun(self).__reduce__()
+
+    def random(self) -> float:
+        """See random.Random; so for those below."""
+        return float(_begun(self).random())
+
+    def getrandbits(self, k: int, /) -> int:  # noqa: D102
+        return int(_begun(self).getrandbits(k))
+
+    def getstate(self) -> tuple[Any, ...]:  # noqa: D102
+        return tuple(_begun(self).getstate())
+
+    def seed(self, *given: Any, **named: Any) -> None:  # noqa: D102
+        _begun(self).seed(*given, **named)
+
+    def setstate(self, state: tuple[Any, ...]) -> None:  # noqa: D102
+        _begun(self).setstate(state)
+
+
+def _begun(late: random.Random) -> Any:
+    """The generator as what it says it is, from here on."""
+    late_seed = vars(late).pop("_late_seed", None)
+    if late_seed is not None:
+        late.__class__ = random.Random
+        late.seed(late_seed())
+    return late
 
 
 @dataclass(frozen=True)
@@ -200,7 +240,7 @@ class Split:
         recipe = self.recipe
         keywords = accepted_keywords(
             recipe.profile,
-            rng=random.Random(f"{recipe.seed}:{self.name}:{row.identity}"),
+            rng=LateRandom(lambda: f"{recipe.seed}:{self.name}:{row.identity}"),
             system_prompt_mode=recipe.system_prompt_mode,
         )
         try:

@@ -1,7 +1,10 @@
 """From files to stores, reports and batches, through the data module alone."""
 
+import copy
 import json
 import multiprocessing
+import pickle
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +17,7 @@ import pytest
 import torch
 
 from lightning_trainer.data import ChatDataModule
+from lightning_trainer.data.split import LateRandom
 from lightning_trainer.data.store import TokenStore
 from lightning_trainer.profiles import EmojiThink, Plain
 from lightning_trainer.types import Batch, InputError
@@ -591,3 +595,29 @@ def test_a_second_start_reads_no_row(
     set_up(second)
     assert second.split("train").share == first.split("train").share
     assert [len(store) for store in second.stores.values()] == [len(store) for store in first.stores.values()]
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda rng: [rng.random() for _ in range(5)],
+        lambda rng: (rng.choice("abc"), rng.randrange(10**9), rng.getrandbits(70), rng.randbytes(9)),
+        lambda rng: (rng.gauss(), rng.gauss(), rng.normalvariate(), rng.triangular(), rng.expovariate(1.0)),
+        lambda rng: (
+            rng.shuffle(numbers := list(range(9))),
+            numbers,
+            rng.sample(range(99), 5),
+            rng.choices("abc", k=5),
+        ),
+        lambda rng: (copy.deepcopy(rng).random(), copy.copy(rng).random(), pickle.loads(pickle.dumps(rng)).random()),
+        lambda rng: (rng.getstate(), rng.random()),
+        lambda rng: (rng.seed(7), rng.random(), rng.setstate(random.Random(3).getstate()), rng.random()),
+    ],
+)
+def test_a_rows_generator_is_pythons_seeded_late(draw: Callable[[random.Random], object]) -> None:
+    asked: list[str] = []
+    late = LateRandom(lambda: asked.append("") or "0:train:5")  # type: ignore[func-returns-value]
+    assert not asked
+    assert draw(late) == draw(random.Random("0:train:5"))
+    assert len(asked) == 1
+    assert type(late) is random.Random
