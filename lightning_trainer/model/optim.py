@@ -205,8 +205,9 @@ def exact(weight: Tensor, state: dict[str, Tensor]) -> Tensor:
     """The fp32 weight; of a fp32 parameter the parameter itself."""
     if weight.dtype != torch.bfloat16 or "low_bits" not in state:
         return weight.float()
-    bits = weight.view(torch.int16).to(torch.int32).mul_(2 * HALF)
-    return bits.add_(state["low_bits"]).view(torch.float32)
+    wide = weight.float()  # its bits, and 16 zeros
+    wide.view(torch.int32).add_(state["low_bits"].to(torch.int32))
+    return wide
 
 
 def store(piece: Piece, weight: Tensor) -> None:
