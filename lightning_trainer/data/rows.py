@@ -234,9 +234,15 @@ class _Window:
                     return self._line, data
             except (ValueError, RecursionError) as error:
                 if self._ended or not _may_be_cut(error):
-                    where = f"{self._name}:{self._line}"
-                    raise InputError(f"{where}: this JSON array breaks in the row that starts here: {error}") from error
+                    raise self._broken(error) from error
             self._more()
+
+    def _broken(self, error: Exception) -> InputError:
+        """What is wrong with the row at hand; the error counts lines and columns from where the window begins."""
+        said = str(error)
+        if isinstance(error, json.JSONDecodeError):
+            said = f"{error.msg}, in line {self._line + self._text.count(chr(10), self._place, error.pos)}"
+        return InputError(f"{self._name}:{self._line}: this JSON array breaks in the row that starts here: {said}")
 
     def _more(self) -> bool:
         """Read on, as much again as there is; whether there was anything."""

@@ -99,7 +99,7 @@ def test_an_array_comes_out_the_same_however_much_of_it_is_read_at_once(
         try:
             return good(list(read(Source("a.json", tmp_path / "a.json"))))
         except InputError as error:
-            return [str(error).partition(":")[0], str(error).split(":")[1]]  # file, line or what is wrong
+            return [str(error)]
 
     whole = found()
     with pytest.MonkeyPatch.context() as patch:
@@ -165,6 +165,12 @@ def test_an_empty_array_has_no_rows(tmp_path: Path, text: str) -> None:
 def test_a_broken_array_names_the_line_of_the_break(tmp_path: Path, text: str, line: int) -> None:
     with pytest.raises(InputError, match=f"^a.json:{line}: this JSON array breaks"):
         rows_of(tmp_path / "a.json", text)
+
+
+def test_a_broken_array_names_the_line_of_the_fault_however_far_into_the_file(tmp_path: Path) -> None:
+    sound = '{"a": "' + "x" * 1000 + '"},\n'
+    with pytest.raises(InputError, match=r"^a\.json:3002: this .* here: Expecting value, in line 3003$"):
+        rows_of(tmp_path / "a.json", "[\n" + sound * 3000 + '{"a":\n }, {"b": 1}]')
 
 
 def test_a_number_too_long_for_python_breaks_an_array_by_name(tmp_path: Path) -> None:
