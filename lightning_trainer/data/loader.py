@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ class _Planned(Dataset[Batch]):
         self.collate, self.plan, self.rank = collate, plan, rank
 
     def __getitem__(self, batch: int) -> Batch:
-        return self.collate(self.plan.examples(batch, self.rank), int(self.plan.step_tokens[batch]))
+        return self.collate(self.plan.examples(batch, self.rank), self.plan.step_tokens(batch))
 
 
 class PlannedLoader:
@@ -49,11 +48,15 @@ class PlannedLoader:
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.epoch, self.position = 0, 0
         self.wait_seconds = 0.0
-        self.plan: Callable[[int], EpochPlan] = lru_cache(maxsize=2)(self._plan)
+        self._planned: tuple[int, EpochPlan] | None = None
 
-    def _plan(self, epoch: int) -> EpochPlan:
-        store = self.collate.store
-        return plan_epoch(store.lengths, store.trained, self.layout, epoch)
+    def plan(self, epoch: int) -> EpochPlan:
+        """What the batches of this epoch hold."""
+        if self._planned is None or self._planned[0] != epoch:
+            self._planned = None  # one epoch's plan at a time: there may be many millions of rows
+            store = self.collate.store
+            self._planned = epoch, plan_epoch(store.lengths, store.trained, self.layout, epoch)
+        return self._planned[1]
 
     def __len__(self) -> int:
         """Micro-batches of an epoch as the Trainer counts them, who applies its limit to this number himself."""

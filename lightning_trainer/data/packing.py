@@ -2,6 +2,9 @@
 
 Lengths are small integers and many, so bins are handled by the thousand: all open bins with the same room left are
 alike, and all examples of one length are alike. The loop runs over (length, room) pairs, never over examples.
+
+There may be many millions of examples. Whatever is as long as they are is therefore small, and what is looked up is
+looked up a block at a time: numpy widens a whole index to 64 bits before it uses it.
 """
 
 from __future__ import annotations
@@ -13,6 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.signedinteger[Any]]
+
+BLOCK = 1 << 14
+LOW = (1 << 32) - 1
 
 
 @dataclass(frozen=True)
@@ -37,25 +43,21 @@ class Rows:
 
     def sums(self, values: Ints) -> Ints:
         """Sum over each row of a value per example."""
-        running = np.cumsum(values[self.order])
-        last = running[self.starts[1:] - 1]  # every row holds an example
-        return np.asarray(np.diff(last, prepend=0), dtype=np.int64)
-
-    def take(self, rows: Ints) -> Rows:
-        """These rows, in this order."""
-        sizes = np.diff(self.starts)[rows]
-        starts = np.concatenate([[0], np.cumsum(sizes)])
-        at = np.arange(starts[-1], dtype=self.order.dtype)
-        at += np.repeat((self.starts[rows] - starts[:-1]).astype(at.dtype), sizes)
-        return Rows(self.order[at], starts)
+        totals = np.empty(len(self), dtype=values.dtype)
+        rows = max(1, BLOCK * len(self) // max(1, len(self.order)))
+        for first in range(0, len(self), rows):
+            starts = self.starts[first : first + rows + 1]
+            running = np.cumsum(values[self.order[starts[0] : starts[-1]]])
+            totals[first : first + rows] = np.diff(np.concatenate([[0], running])[starts - starts[0]])
+        return totals
 
 
 def one_per_row(examples: Ints) -> Rows:
     """Every example a row of its own, in the order given."""
-    return Rows(examples, np.arange(len(examples) + 1))
+    return Rows(examples, np.arange(len(examples) + 1, dtype=np.int32))
 
 
-def best_fit(lengths: Ints, capacity: int, examples: Ints) -> Rows:
+def best_fit(lengths: Ints, capacity: int, examples: Ints, shuffle: np.random.Generator | None = None) -> Rows:
     """Pack examples into rows of at most `capacity` tokens.
 
     How many rows come out depends on the lengths alone; which of several examples of one length goes where follows
@@ -65,34 +67,68 @@ def best_fit(lengths: Ints, capacity: int, examples: Ints) -> Rows:
         lengths: Tokens of each example, by example index.
         capacity: Most tokens of a row.
         examples: Indices to pack, in the order in which equal lengths are placed.
+        shuffle: Orders the rows; None leaves them as they were opened, the longest examples first.
 
     Raises:
         ValueError: An example is longer than a row, or empty.
     """
     if not len(examples):
         return one_per_row(examples)
-    sizes = lengths[examples].astype(np.int32)
-    if sizes.max() > capacity or sizes.min() < 1:
-        raise ValueError(f"lengths lie between {sizes.min()} and {sizes.max()}; a row takes 1 to {capacity} tokens")
-    # There may be many millions of examples: what is as long as they are is small, and not kept longer than needed.
-    by_length = np.argsort(-sizes, kind="stable").astype(np.int32)
-    row_of = np.empty(len(examples), dtype=np.int32)
-    row_of[by_length] = _assign(sizes[by_length], capacity)
-    del sizes, by_length
-    starts = np.concatenate([[0], np.cumsum(np.bincount(row_of))])
-    return Rows(examples[np.argsort(row_of, kind="stable")], starts)
+    keys = _look_up(lengths, examples)
+    if keys.max() > capacity or keys.min() < 1:
+        raise ValueError(f"lengths lie between {keys.min()} and {keys.max()}; a row takes 1 to {capacity} tokens")
+    np.subtract(capacity, keys, out=keys)  # the longest first
+    tagged = _sorted(keys, np.arange(len(keys), dtype=np.int32))
+    del keys
+    first = np.searchsorted(tagged, np.arange(capacity + 1) << 32)
+    tagged &= LOW
+    by_length = tagged.astype(np.int32)
+    del tagged
+    row_of, opened = _assign(first, len(examples), capacity)
+    if shuffle is not None:
+        places = np.arange(opened, dtype=np.int32)
+        shuffle.shuffle(places)
+        row_of = _look_up(places, row_of)
+    tagged = _sorted(row_of, by_length)
+    del row_of, by_length
+    starts = np.searchsorted(tagged, np.arange(opened + 1) << 32).astype(np.int32)
+    tagged &= LOW
+    return Rows(examples[tagged], starts)
 
 
-def _assign(sizes: Ints, capacity: int) -> Ints:
-    """The row of each example; `sizes` descend."""
+def _look_up(values: Ints, index: Ints) -> Ints:
+    """`values[index]`, a block at a time."""
+    found = np.empty(len(index), dtype=values.dtype)
+    for first in range(0, len(index), BLOCK):
+        found[first : first + BLOCK] = values[index[first : first + BLOCK]]
+    return found
+
+
+def _sorted(keys: Ints, tags: Ints) -> npt.NDArray[np.int64]:
+    """`key << 32 | tag` of each pair, in ascending order: half the memory of a stable argsort, and sorted in place."""
+    pairs = keys.astype(np.int64)
+    pairs <<= 32
+    pairs |= tags
+    pairs.sort()
+    return pairs
+
+
+def _assign(first: Ints, total: int, capacity: int) -> tuple[Ints, int]:
+    """The row of each example, the longest first, and how many rows there are.
+
+    Args:
+        first: Where the examples of `capacity - k` tokens begin, by k.
+        total: Examples.
+        capacity: Tokens of a row.
+    """
     # room[r]: stack of arrays of rows with r tokens left. Row numbers are handed out in order of opening.
     room: list[list[Ints]] = [[] for _ in range(capacity + 1)]
     waiting = np.zeros(capacity + 1, dtype=bool)
-    first = np.concatenate([[0], np.flatnonzero(np.diff(sizes)) + 1])
-    counts = np.diff(first, append=len(sizes))
-    row_of = np.empty(len(sizes), dtype=np.int32)
+    row_of = np.empty(total, dtype=np.int32)
     opened = 0
-    for size, start, count in zip(sizes[first].tolist(), first.tolist(), counts.tolist(), strict=True):
+    counts = np.diff(first, append=total)
+    for k in np.flatnonzero(counts).tolist():
+        size, start, count = capacity - k, int(first[k]), int(counts[k])
         placed = 0
         while placed < count:
             fits = np.flatnonzero(waiting[size:])
@@ -117,7 +153,7 @@ def _assign(sizes: Ints, capacity: int) -> Ints:
             if full < used:
                 _push(room, waiting, left - (take - full * each) * size, rows[full:used])
             placed += take
-    return row_of
+    return row_of, opened
 
 
 def _push(room: list[list[Ints]], waiting: npt.NDArray[np.bool_], left: int, rows: Ints) -> None:

@@ -50,18 +50,24 @@ class EpochPlan:
     Attributes:
         rows: Every row of the epoch.
         row_tokens: Tokens of each row.
-        step_tokens: For each micro-batch, the trained tokens of the whole optimizer step it belongs to.
+        trained_tokens: Trained tokens of each optimizer step, over all its micro-batches and ranks.
+        batches: Micro-batches.
         unlimited: Micro-batches there would be without the layout's limit.
     """
 
     layout: Layout
     rows: Rows
     row_tokens: Ints
-    step_tokens: Ints
+    trained_tokens: Ints
+    batches: int
     unlimited: int
 
     def __len__(self) -> int:
-        return len(self.step_tokens)
+        return self.batches
+
+    def step_tokens(self, batch: int) -> int:
+        """Trained tokens of the whole optimizer step that a micro-batch belongs to."""
+        return int(self.trained_tokens[batch // self.layout.accumulate])
 
     def examples(self, batch: int, rank: int) -> Ints:
         """Examples of one rank's micro-batch; empty where the last rows do not reach this rank."""
@@ -109,23 +115,15 @@ def plan_epoch(lengths: Ints, trained: Ints, layout: Layout, epoch: int) -> Epoc
     examples = np.arange(len(lengths), dtype=np.int32)
     if layout.shuffle:
         rng.shuffle(examples)
-    rows = one_per_row(examples) if layout.pack_to is None else best_fit(lengths, layout.pack_to, examples)
-    if layout.shuffle:
-        rows = rows.take(rng.permutation(len(rows)))
+    if layout.pack_to is None:
+        rows = one_per_row(examples)
+    else:
+        rows = best_fit(lengths, layout.pack_to, examples, rng if layout.shuffle else None)
     group = layout.batch_size * layout.world_size
     unlimited = -(-len(rows) // group)
     limit = layout.limit
     batches = min(unlimited, limit) if isinstance(limit, int) else int(unlimited * limit)
-    step_tokens = _step_tokens(rows.sums(trained), layout, batches)
-    return EpochPlan(layout, rows, rows.sums(lengths), step_tokens, unlimited)
-
-
-def _step_tokens(row_tokens: Ints, layout: Layout, batches: int) -> Ints:
-    group = layout.batch_size * layout.world_size
-    if not batches:
-        return np.empty(0, dtype=np.int64)
-    per_batch = np.add.reduceat(row_tokens, np.arange(0, batches * group, group))
-    if batches * group < len(row_tokens):
-        per_batch[-1] = row_tokens[(batches - 1) * group : batches * group].sum()
-    windows = np.add.reduceat(per_batch, np.arange(0, batches, layout.accumulate))
-    return np.repeat(windows, layout.accumulate)[:batches]
+    row_trained = rows.sums(trained)[: batches * group]
+    steps = np.arange(0, len(row_trained), group * layout.accumulate)
+    trained_tokens = np.add.reduceat(row_trained, steps, dtype=np.int64) if len(steps) else steps
+    return EpochPlan(layout, rows, rows.sums(lengths), trained_tokens, batches, unlimited)

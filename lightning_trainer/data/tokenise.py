@@ -124,8 +124,8 @@ class _Tokeniser:
         self.files: dict[str, int] = {}
         self.faults: list[dict[str, Any]] = []
         self.counts: Counter[str] = Counter()
-        # Plain numbers, 12 bytes a row: there may be many millions.
-        self.seen, self.lengths = array("Q"), array("i")
+        self.seen = array("Q")  # 8 bytes a row: there may be many millions
+        self.lengths: Counter[int] = Counter()
 
     def run(self, folder: Path, show_progress: bool) -> None:
         from datasets.utils.tqdm import tqdm
@@ -155,7 +155,7 @@ class _Tokeniser:
 
     def _keep(self, row: RawRow | BadRow, kept: Kept, writer: StoreWriter) -> None:
         writer.add(kept.encoded, self.files.setdefault(row.file, len(self.files)), row.line, kept.turn)
-        self.lengths.append(len(kept.encoded.ids))
+        self.lengths[len(kept.encoded.ids)] += 1
         self.counts["tokens"] += len(kept.encoded.ids)
         self.counts["trained_tokens"] += kept.encoded.trained_tokens
         self.counts["truncated"] += kept.cut_from is not None
@@ -177,18 +177,29 @@ class _Tokeniser:
         names = ("read", "kept", "tokens", "trained_tokens", "truncated", "too_long", "too_short", "bad")
         return {
             **{name: self.counts[name] for name in names},
-            "rows": len(self.lengths),
-            "duplicates": len(self.seen) - len(np.unique(np.frombuffer(self.seen, dtype=np.uint64))),
-            "lengths": _percentiles(self.lengths),
+            "rows": self.lengths.total(),
+            "duplicates": self._duplicates(),
+            "lengths": percentiles(self.lengths),
         }
 
+    def _duplicates(self) -> int:
+        seen = np.frombuffer(self.seen, dtype=np.uint64)
+        seen.sort()
+        return int(np.count_nonzero(seen[1:] == seen[:-1]))
 
-def _percentiles(values: array[int]) -> dict[str, int]:
-    """Length percentiles for the data report."""
-    if not len(values):
+
+def percentiles(counts: Counter[int]) -> dict[str, int]:
+    """Length percentiles for the data report, from how many rows have each length."""
+    if not counts:
         return {}
-    points = (0, 50, 90, 95, 99, 100)
-    return {f"p{p}": int(v) for p, v in zip(points, np.percentile(values, points), strict=True)}
+    lengths = np.array(sorted(counts))
+    ends = np.cumsum([counts[length] for length in lengths.tolist()])
+    found = {}
+    for point in (0, 50, 90, 95, 99, 100):
+        place, hundredths = divmod(point * (int(ends[-1]) - 1), 100)
+        below, above = lengths[np.searchsorted(ends, [place, place + bool(hundredths)], side="right")].tolist()
+        found[f"p{point}"] = below + (above - below) * hundredths // 100
+    return found
 
 
 def batched(items: Iterator[Any], size: int) -> Iterator[list[Any]]:

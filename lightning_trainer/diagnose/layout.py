@@ -104,7 +104,7 @@ def micro_batches(store: TokenStore, packed: bool, batch_size: int, max_length: 
 
 
 def _micro_batch(store: TokenStore, plan: EpochPlan, number: int, collate: Collator) -> MicroBatch:
-    batch = collate(plan.examples(number, 0), int(plan.step_tokens[number]))
+    batch = collate(plan.examples(number, 0), plan.step_tokens(number))
     size = plan.layout.batch_size
     rows = range(number * size, min((number + 1) * size, len(plan.rows)))
     packs = [row for row in rows for _ in plan.rows[row]]

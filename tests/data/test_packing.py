@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_trainer.data.packing import Rows, best_fit, one_per_row
+from lightning_trainer.data.packing import BLOCK, Rows, best_fit, one_per_row
 
 
 def rows_of_slow_best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -73,23 +73,40 @@ def test_nothing_to_pack() -> None:
     rows = best_fit(np.array([], dtype=np.int64), 5, np.array([], dtype=np.int64))
     assert len(rows) == 0
     assert rows.sums(np.array([], dtype=np.int64)).tolist() == []
-    assert len(rows.take(np.array([], dtype=np.int64))) == 0
 
 
-def test_sums_and_take_by_hand() -> None:
+def test_sums_by_hand() -> None:
     rows = Rows(np.array([4, 0, 2, 1, 3]), np.array([0, 2, 2, 3, 5]))  # [4 0] [] [2] [1 3]
     assert rows.sums(np.array([1, 10, 100, 1000, 10000])).tolist() == [10001, 0, 100, 1010]
-    taken = rows.take(np.array([3, 1, 0, 3]))
-    assert [taken[row].tolist() for row in range(len(taken))] == [[1, 3], [], [4, 0], [1, 3]]
 
 
-@given(st.lists(st.lists(st.integers(0, 99), max_size=4), min_size=1, max_size=8), st.data())
-def test_take_is_indexing(groups: list[list[int]], data: st.DataObject) -> None:
-    flat = np.array([value for group in groups for value in group], dtype=np.int64)
-    rows = Rows(flat, np.cumsum([0, *(len(group) for group in groups)]))
-    wanted = data.draw(st.lists(st.integers(0, len(groups) - 1), max_size=10))
-    taken = rows.take(np.array(wanted, dtype=np.int64))
-    assert [taken[row].tolist() for row in range(len(taken))] == [groups[row] for row in wanted]
+def test_sums_of_more_rows_than_a_block() -> None:
+    values = np.random.default_rng(0).integers(1, 2**30, 3 * BLOCK, dtype=np.int32)
+    order = np.arange(len(values), dtype=np.int32)
+    assert one_per_row(order).sums(values).tolist() == values.tolist()
+    pairs = Rows(order, np.arange(0, len(values) + 1, 2))
+    assert pairs.sums(values).tolist() == (values[::2] + values[1::2]).tolist()
+
+
+@settings(deadline=None)
+@given(problems(), st.integers(0, 9))
+def test_shuffling_moves_whole_rows(problem: tuple[list[int], int], seed: int) -> None:
+    lengths, capacity = np.array(problem[0], dtype=np.int32), problem[1]
+    examples = np.arange(len(lengths), dtype=np.int32)
+    opened, shuffled = (
+        [rows[row].tolist() for row in range(len(rows))]
+        for rows in (
+            best_fit(lengths, capacity, examples),
+            best_fit(lengths, capacity, examples, np.random.default_rng(seed)),
+        )
+    )
+    assert sorted(opened) == sorted(shuffled)
+
+
+def test_rows_are_shuffled() -> None:
+    lengths = np.full(1000, 5, dtype=np.int32)
+    rows = best_fit(lengths, 5, np.arange(1000, dtype=np.int32), np.random.default_rng(0))
+    assert rows.order.tolist() != list(range(1000))
 
 
 def test_one_per_row() -> None:

@@ -1,5 +1,6 @@
 """The plan of an epoch: a pure function of seed and epoch, the same rows however a step is split."""
 
+import tracemalloc
 from collections import Counter
 from typing import Any
 
@@ -120,7 +121,8 @@ def test_a_step_trains_the_same_rows_however_it_is_split(
     assert taken == [sorted(rank) for [rank] in examples(whole)]
     for number, step in enumerate(steps):
         tokens = sum(trained[i] for micro in step for rank in micro for i in rank)
-        assert parts.step_tokens[number * accumulate : (number + 1) * accumulate].tolist() == [tokens] * len(step)
+        micro = range(number * accumulate, number * accumulate + len(step))
+        assert [parts.step_tokens(batch) for batch in micro] == [tokens] * len(step)
     assert Counter(i for step in taken for i in step) == Counter(range(len(lengths)))
 
 
@@ -146,8 +148,23 @@ POWERS = 2 ** np.arange(7)
 )
 def test_step_tokens_by_hand(layout: dict[str, Any], expected: list[int]) -> None:
     planned = plan(lengths=np.ones(7, dtype=np.int64), trained=POWERS, shuffle=False, **layout)
-    assert planned.step_tokens.tolist() == expected
+    assert [planned.step_tokens(batch) for batch in range(len(planned))] == expected
     assert len(planned) == len(expected)
+
+
+@pytest.mark.parametrize("pack_to", [None, 2048])
+def test_planning_takes_few_bytes_an_example(pack_to: int | None) -> None:
+    """Beyond the two numbers an example has; it was 80 once."""
+    lengths = np.random.default_rng(0).integers(1, 400, 200_000, dtype=np.int32)
+    tracemalloc.start()
+    try:
+        kept = plan(0, lengths, lengths, pack_to=pack_to, batch_size=8)
+        held, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(kept)
+    assert held / len(lengths) < 14
+    assert most / len(lengths) < 24
 
 
 @pytest.mark.parametrize("pack_to", [None, 30])

@@ -196,7 +196,7 @@ def test_any_rows_packs_and_splits_train_like_one_row_after_the_other(
     assert sorted(np.concatenate(shares).tolist()) == list(range(len(rows)))
     steps = [shares[first : first + accumulate * ranks] for first in range(0, len(shares), accumulate * ranks)]
     data = Planned(rows, [], packing=pack_to is not None)
-    data.batches = [data.collate(share, int(plan.step_tokens[n // ranks])) for n, share in enumerate(shares)]
+    data.batches = [data.collate(share, plan.step_tokens(n // ranks)) for n, share in enumerate(shares)]
     _, watch = fit(tmp_path, tiny_model_dir, data, accumulate * ranks, optimizer=still, loss=loss)
     plain = pretrained.load_model(str(tiny_model_dir), torch.float32)
     for step, nats, got in zip(steps, watch.nats, watch.raw, strict=True):

@@ -171,7 +171,7 @@ def held(folder: str) -> dict[str, int]:
         for _ in loader:
             pass
     store, plan = data.stores["train"], loader.plan(0)
-    arrays = [store.lengths, store.trained, plan.rows.order, plan.rows.starts, plan.row_tokens, plan.step_tokens]
+    arrays = [store.lengths, store.trained, plan.rows.order, plan.rows.starts, plan.row_tokens, plan.trained_tokens]
     return {"tokenising": tokenising.most, "epoch": epoch.most, "index": sum(array.nbytes for array in arrays)}
 
 
