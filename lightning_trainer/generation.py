@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from lightning_trainer.compiled import eagerly
 from lightning_trainer.logits_rules import bounded
 from lightning_trainer.types import PROMPTS_PER_BATCH, FinishReason, PreviewRequest, SamplingParams, seed_of_batch
 
@@ -181,8 +182,8 @@ def quiet(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode without leaving a trace.
 
     Within: every module in eval mode, dropout and gradient checkpointing off, plain SDPA (ours knows only packed
-    rows: a cached decode through it would return other tokens), KV cache on. After: each module's own flag, the
-    attention, the cache switch and the random generators of Python, numpy and torch as they were.
+    rows: a cached decode through it would return other tokens), nothing compiled, KV cache on. After: each module's own
+    flag, the attention, the cache switch and the random generators of Python, numpy and torch as they were.
     """
     from transformers import GenerationConfig
 
@@ -198,7 +199,8 @@ def quiet(model: PreTrainedModel) -> Iterator[None]:
             module.gradient_checkpointing = False
         _set_attention(model, "sdpa" if attn.startswith("lightning_trainer") else attn)
         model.config.use_cache = True
-        yield
+        with eagerly(model):
+            yield
     finally:
         model.config.use_cache = use_cache
         model.generation_config = own_defaults

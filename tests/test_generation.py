@@ -190,7 +190,11 @@ def test_training_goes_on_as_if_nothing_had_been_asked(model: Any) -> None:
         if asked:
             generate(model, ask(), SamplingParams(max_new_tokens=5, temperature=1.0))
         model(
-            input_ids=ids, labels=ids, use_cache=False, example_lengths=(8,), position_ids=torch.arange(8)[None]
+            input_ids=ids,
+            labels=ids,
+            use_cache=False,
+            examples=attention.Examples((8,)),
+            position_ids=torch.arange(8)[None],
         ).loss.backward()
         grads.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

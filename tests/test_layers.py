@@ -10,7 +10,18 @@ ROOT = Path(__file__).parents[1] / "lightning_trainer"
 
 LEVELS = [
     {"types"},
-    {"template", "pretrained", "adapters", "logits_rules", "profiles", "precision", "checkpoints", "status", "signals"},
+    {
+        "compiled",
+        "template",
+        "pretrained",
+        "adapters",
+        "logits_rules",
+        "profiles",
+        "precision",
+        "checkpoints",
+        "status",
+        "signals",
+    },
     {"generation", "lock", "rpc"},
     {"data", "model", "preview", "worker"},
     {"callbacks"},
@@ -25,6 +36,7 @@ WITHOUT_LIGHTNING = {
     "template",
     "pretrained",
     "adapters",
+    "compiled",
     "logits_rules",
     "generation",
     "profiles",

@@ -58,6 +58,10 @@ class PlannedLoader:
             self._planned = epoch, plan_epoch(store.lengths, store.trained, self.layout, epoch)
         return self._planned[1]
 
+    def first_batch(self) -> Batch:
+        """The first of the first epoch, whatever has been taken since."""
+        return _Planned(self.collate, self.plan(0), self.rank)[0]
+
     def __len__(self) -> int:
         """Micro-batches of an epoch as the Trainer counts them, who applies its limit to this number himself."""
         return self.plan(self.epoch).unlimited

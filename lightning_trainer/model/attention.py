@@ -11,7 +11,8 @@ Shapes: B = 1 row, H query heads, K key/value heads, T tokens of the row, D head
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -35,11 +36,26 @@ CHANGES_SCORES = {
 """Arguments by which a model asks for what SDPA alone does not do."""
 
 
+class Examples:
+    """How the examples of a packed row lie in it. A model's layers hand it on to `packed_attention` unseen.
+
+    No tuple: torch.compile looks into those, and would compile a layer anew for each number of examples.
+
+    Args:
+        lengths: Tokens of each example, in order; they add up to T. On the host.
+        starts: (N + 1,) int32, where each example begins, and T. On the device; None does without kernels.
+    """
+
+    def __init__(self, lengths: Sequence[int], starts: Tensor | None = None) -> None:
+        self.lengths, self.starts = list(lengths), starts
+        self.longest = max(lengths)
+
+
 def packed_arguments(example_lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
     """What a model's forward hands on to `packed_attention`, made once for all of its layers."""
     starts = torch.tensor([0, *accumulate(example_lengths)], dtype=torch.int32)
     # Copied without waiting for the device, which a blocking copy would.
-    return {"example_lengths": tuple(example_lengths), "example_starts": starts.to(device, non_blocking=True)}
+    return {"examples": Examples(example_lengths, starts.to(device, non_blocking=True))}
 
 
 def packed_attention(
@@ -49,8 +65,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    example_lengths: Sequence[int] | None = None,
-    example_starts: Tensor | None = None,
+    examples: Examples | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -64,8 +79,7 @@ def packed_attention(
         key: (1, K, T, D).
         value: (1, K, T, D).
         attention_mask: None; the registered mask function makes none.
-        example_lengths: Tokens of each example, in order; they add up to T. On the host.
-        example_starts: (N + 1,) int32, where each example begins, and T. On the device.
+        examples: How the row is laid out.
         scaling: Of the scores; None is 1/sqrt(D).
         dropout: Of the attention weights.
         sliding_window: Each token sees at most this many tokens, itself included.
@@ -77,17 +91,17 @@ def packed_attention(
     Raises:
         ValueError: The model asks for what this attention cannot do.
     """
-    if example_lengths is None:
-        raise ValueError(f"this architecture does not hand `example_lengths` on to {type(module).__name__}")
+    if examples is None:
+        raise ValueError(f"this architecture does not hand `examples` on to {type(module).__name__}")
     if query.shape[0] != 1 or attention_mask is not None:
         raise ValueError("packed attention takes one row and no mask")
-    _refuse_what_changes_scores(module, max(example_lengths), others)
-    kernel = varlen.kernel_for(query, value, dropout) if example_starts is not None else None
-    if kernel is not None and example_starts is not None:
-        window = sliding_window if sliding_window is not None and sliding_window < max(example_lengths) else None
-        packed = varlen.Rows(example_starts, max(example_lengths), scaling, window)
+    _refuse_what_changes_scores(module, examples.longest, others)
+    kernel = varlen.kernel_for(query, value, dropout) if examples.starts is not None else None
+    if kernel is not None and examples.starts is not None:
+        window = sliding_window if sliding_window is not None and sliding_window < examples.longest else None
+        packed = varlen.Rows(examples.starts, examples.longest, scaling, window)
         return kernel(query[0], key[0], value[0], packed)[None], None
-    return _one_by_one(query, key, value, list(example_lengths), scaling, dropout, sliding_window), None
+    return _one_by_one(query, key, value, examples.lengths, scaling, dropout, sliding_window), None
 
 
 def _one_by_one(
@@ -152,9 +166,19 @@ def choose(config: PretrainedConfig, packed: bool) -> str | None:
     return PACKED if packed and takes_ours else None
 
 
-def register() -> None:
-    """Make `PACKED` a name that `attn_implementation` takes."""
+@cache
+def _not_compiled() -> Callable[..., Any]:
+    """One for all runs of a process: compiled layers are bound to what they call."""
+    return torch.compiler.disable(packed_attention)  # type: ignore[no-any-return]
+
+
+def register(compiled: bool = False) -> None:
+    """Make `PACKED` a name that `attn_implementation` takes.
+
+    Args:
+        compiled: Layers are compiled: they are to call it as it is.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(PACKED, packed_attention)
+    AttentionInterface.register(PACKED, _not_compiled() if compiled else packed_attention)
     AttentionMaskInterface.register(PACKED, lambda *_, **__: None)

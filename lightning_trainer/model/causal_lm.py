@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from lightning_trainer import adapters
 from lightning_trainer import pretrained as hub
 from lightning_trainer.adapters import LoraSettings
 from lightning_trainer.lock import Lock, check_model, facts_of_model
-from lightning_trainer.model import attention, loss, probe
+from lightning_trainer.model import attention, compilation, loss, probe
 from lightning_trainer.model.muon import CompensatedMuon, outer_matrices
 from lightning_trainer.model.optim import CompensatedAdamW
 from lightning_trainer.model.optimizer_check import check_optimizer
@@ -41,6 +43,8 @@ class CausalLMModule(lightning.LightningModule):
             else transformers' choice, sdpa or eager. Any name that transformers knows is taken as it is.
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
         loss: chunked never holds all logits; full does. The number is the same.
+        compile: Compile the layers with torch.compile before the first step, which takes a minute or so and a C++
+            compiler. Only `fit` does; its last bits then depend on the machine's compiler.
         lora: Train adapters on the model, which itself stays as it is; null trains all of it. `pretrained` may be
             the directory of such adapters, to go on with them.
         quantization: Keep the frozen model in 4 bits a weight, under `lora`.
@@ -62,6 +66,7 @@ class CausalLMModule(lightning.LightningModule):
         attn_implementation: str = "auto",
         gradient_checkpointing: bool = False,
         loss: loss.LossName = "chunked",
+        compile: bool = False,
         lora: LoraSettings | None = None,
         quantization: QuantizationSettings | None = None,
         optimizer: OptimizerCallable = CompensatedAdamW,
@@ -71,7 +76,7 @@ class CausalLMModule(lightning.LightningModule):
         super().__init__()
         self.pretrained, self.from_scratch, self.tokenizer_name = pretrained, from_scratch, tokenizer
         self.attn_implementation, self.gradient_checkpointing = attn_implementation, gradient_checkpointing
-        self.loss_name = loss
+        self.loss_name, self.compiles = loss, compile
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self.locked = locked
         self.lora, self.quantization = lora, quantization
@@ -330,7 +335,7 @@ class CausalLMModule(lightning.LightningModule):
         scheduler.fit_to(1 if steps == float("inf") else int(steps))
 
     def on_train_start(self) -> None:
-        """Let what the user writes win over what a checkpoint remembers: rates, betas, decay."""
+        """Let what the user writes win over what a checkpoint remembers: rates, betas, decay; compile the layers."""
         if self._run_dtype() == torch.float16:
             rank_zero_warn("16-true skips steps that overflow and counts them; bf16-true needs no such care")
         optimizer = self.trainer.optimizers[0]
@@ -341,6 +346,15 @@ class CausalLMModule(lightning.LightningModule):
             if isinstance(config.scheduler, StepSchedule):
                 config.scheduler.base_lrs = [group.get("initial_lr", group["lr"]) for group in self._fresh]
                 config.scheduler.apply()
+        if self.compiles:
+            trained = [p for p in self.parameters() if p.requires_grad]
+            compilation.start(self.causal_lm, self.nats, trained, self._first_batch())
+
+    def _first_batch(self) -> Batch | None:
+        """The first of the run, wherever that stands; None where the model is spread out or the loader is not ours."""
+        make: Callable[[], Batch] | None = getattr(self.trainer.train_dataloader, "first_batch", None)
+        whole = isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+        return make().to(self.device) if whole and make is not None else None
 
     def save_pretrained(self, directory: Path) -> None:
         """Write what transformers loads: the model, or the adapters alone (which peft loads too); and the tokenizer."""

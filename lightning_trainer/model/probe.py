@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_trainer.compiled import eagerly
 from lightning_trainer.model.attention import PACKED, packed_arguments
 from lightning_trainer.pretrained import embedding_rows
 from lightning_trainer.types import InputError
@@ -93,11 +94,12 @@ def packing_leak(model: PreTrainedModel) -> Separation:
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode; afterwards each module's own flag."""
+    """Evaluation mode, nothing compiled; afterwards each module's own flag."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with eagerly(model):
+            yield
     finally:
         for module, training in flags:
             module.training = training

@@ -49,7 +49,12 @@ def _packed() -> dict[str, Any]:
     lengths = (100, 60, TOKENS - 160)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     ids = torch.arange(TOKENS)[None]
-    return {"input_ids": ids, "position_ids": positions, "attention_mask": None, "example_lengths": lengths}
+    return {
+        "input_ids": ids,
+        "position_ids": positions,
+        "attention_mask": None,
+        "examples": attention.Examples(lengths),
+    }
 
 
 def _padded() -> dict[str, Any]:

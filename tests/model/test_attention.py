@@ -54,7 +54,7 @@ def packed_logits(model: Any, rows: list[torch.Tensor]) -> torch.Tensor:
         position_ids=torch.cat([torch.arange(len(r)) for r in rows])[None],
         attention_mask=None,
         use_cache=False,
-        example_lengths=tuple(len(r) for r in rows),
+        examples=attention.Examples([len(r) for r in rows]),
     ).logits[0]
 
 
@@ -124,13 +124,13 @@ def test_what_sdpa_cannot_do_is_refused_by_name(name: str, changes: dict[str, An
 def test_calls_that_are_not_packed_rows_are_refused() -> None:
     q = torch.zeros(1, 2, 4, 8)
     mask = torch.zeros(1, 1, 4, 4)
-    with pytest.raises(ValueError, match="does not hand `example_lengths` on"):
+    with pytest.raises(ValueError, match="does not hand `examples` on"):
         attention.packed_attention(torch.nn.Identity(), q, q, q, None)
     for query, m, lengths in ((q.expand(2, -1, -1, -1), None, (4,)), (q, mask, (4,))):
         with pytest.raises(ValueError, match="one row and no mask"):
-            attention.packed_attention(torch.nn.Identity(), query, q, q, m, example_lengths=lengths)
+            attention.packed_attention(torch.nn.Identity(), query, q, q, m, examples=attention.Examples(lengths))
     with pytest.raises(RuntimeError):  # lengths that do not add up to the row
-        attention.packed_attention(torch.nn.Identity(), q, q, q, None, example_lengths=(1, 2))
+        attention.packed_attention(torch.nn.Identity(), q, q, q, None, examples=attention.Examples((1, 2)))
 
 
 @pytest.mark.parametrize("name", ["position_bias", "indices"])
@@ -138,7 +138,9 @@ def test_arguments_that_would_change_the_scores_are_not_swallowed(name: str) -> 
     """Models of transformers hand these to their attention; leaving them out is another model."""
     q = torch.zeros(1, 2, 4, 8)
     with pytest.raises(ValueError, match=name):
-        attention.packed_attention(torch.nn.Identity(), q, q, q, None, example_lengths=(4,), **{name: torch.zeros(1)})
+        attention.packed_attention(
+            torch.nn.Identity(), q, q, q, None, examples=attention.Examples((4,)), **{name: torch.zeros(1)}
+        )
 
 
 def test_chunked_attention_is_right_or_refused() -> None:
@@ -167,7 +169,7 @@ def test_against_a_loop_over_tokens(
     q = torch.randn(1, heads, size, depth, generator=generator)
     k, v = (torch.randn(1, heads // groups, size, depth, generator=generator) for _ in range(2))
     got, weights = attention.packed_attention(
-        torch.nn.Identity(), q, k, v, None, example_lengths=lengths, sliding_window=window, scaling=scaling
+        torch.nn.Identity(), q, k, v, None, examples=attention.Examples(lengths), sliding_window=window, scaling=scaling
     )
     assert weights is None
     starts = [start for i, n in enumerate(lengths) for start in [sum(lengths[:i])] * n]

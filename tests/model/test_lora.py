@@ -245,7 +245,7 @@ def _batch(lengths: tuple[int, ...] = (7, 9)) -> dict[str, Any]:
         "input_ids": torch.arange(sum(lengths))[None] % 384,
         "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
         "attention_mask": None,
-        "example_lengths": lengths,
+        "examples": attention.Examples(lengths),
         "use_cache": False,
     }
 

@@ -99,7 +99,7 @@ def test_it_is_asked_for_what_sdpa_gives_row_by_row(
     rows = attention.packed_arguments(LENGTHS, torch.device("cpu"))
     given: dict[str, Any] = {"scaling": scaling, "sliding_window": window}
     fast, _ = attention.packed_attention(module, q, k, v, None, **rows, **given)
-    slow, _ = attention.packed_attention(module, q, k, v, None, example_lengths=LENGTHS, **given)
+    slow, _ = attention.packed_attention(module, q, k, v, None, examples=attention.Examples(LENGTHS), **given)
     torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-6)
     assert kernel.calls == 1
 

@@ -62,7 +62,7 @@ class Arm:
         packed = self.model.config._attn_implementation == attention.PACKED
         for lengths in self.rows:
             positions = torch.cat([torch.arange(length) for length in lengths])[None]
-            told: dict[str, Any] = {"example_lengths": lengths} if packed else {}
+            told: dict[str, Any] = {"examples": attention.Examples(lengths)} if packed else {}
             out = self.model(input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False, **told)
             self.hidden = out.last_hidden_state
             self.hidden.square().sum().backward()

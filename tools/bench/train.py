@@ -61,6 +61,7 @@ class Arm:
 ARMS = (
     Arm("floor", "floor.py", 20, 6, peer=False),
     Arm("fit", "fit.py", 20, 6, peer=False),
+    Arm("fit_compiled", "fit.py", 20, note="model.compile: true", peer=False),
     # One of its previews, which come every 50 steps.
     Arm("fit_previews", "fit.py", 50, note="previews every 50 steps", peer=False),
     Arm("trl_packed", "trl_sft.py", 20, 3, note="bfd, sdpa"),

@@ -1,4 +1,4 @@
-"""Arms `fit` and `fit_previews`: `lightning-trainer fit`, end to end through its command line.
+"""Arms `fit`, `fit_compiled` and `fit_previews`: `lightning-trainer fit`, end to end through its command line.
 
 All that is on by default is on: progress bar, TensorBoard, status file, checkpoints, the self-check. `fit` puts the
 previews off to the end of the run, which is behind the counted steps; `fit_previews` leaves them at their interval.
@@ -41,14 +41,15 @@ class StepClock(Callback):
         self.measured.saw(len(batch.targets), nats)
 
 
-def configuration(workload: Path, folder: Path, steps: int, previews: bool) -> dict[str, Any]:
+def configuration(workload: Path, folder: Path, steps: int, arm: str) -> dict[str, Any]:
     """The run's YAML: what the arms have in common, and defaults."""
     preview: dict[str, Any] = {"class_path": "PreviewCallback"}
-    if not previews:
+    if arm != "fit_previews":
         preview["init_args"] = {"every_n_steps": NEVER}
     return {
         "model": {
             "pretrained": str(workload / "model"),
+            "compile": arm == "fit_compiled",
             "optimizer": {
                 "class_path": "CompensatedAdamW",  # a plain fused AdamW in fp32
                 "init_args": {"lr": meter.LEARNING_RATE, "betas": list(meter.BETAS)},
@@ -75,12 +76,12 @@ def configuration(workload: Path, folder: Path, steps: int, previews: bool) -> d
 
 def main() -> None:
     """Train and report."""
-    given = meter.arguments(__doc__, "fit", "fit_previews")
+    given = meter.arguments(__doc__, "fit", "fit_compiled", "fit_previews")
     StepClock.measured = meter.Meter(given)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # One step more than are counted: the last one ends where the next begins.
-        run = configuration(given.workload, folder, StepClock.measured.last + 1, given.arm == "fit_previews")
+        run = configuration(given.workload, folder, StepClock.measured.last + 1, given.arm)
         (folder / "run.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
         status = cli.main(["fit", "--config", str(folder / "run.yaml")])
     if status:

@@ -1,0 +1,166 @@
+"""model.compile: layers compiled once, for all rows; the same numbers; nothing else compiled.
+
+torch.compile is given a backend that makes no machine code; `tests/engine/test_compile.py` has it made.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_trainer.adapters import LoraSettings, put_in
+from lightning_trainer.compiled import compile_layers, eagerly
+from lightning_trainer.generation import generate
+from lightning_trainer.model import attention, compilation
+from lightning_trainer.types import InputError, PreviewRequest, SamplingParams
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch.compile's own, of torch
+
+ROWS = [(5, 9, 3), (6, 2), (4, 4, 4, 4, 4, 4), (30,)]
+"""Lengths of the examples of rows: no two have as many examples, or as many tokens."""
+
+
+@pytest.fixture(autouse=True)
+def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Without machine code; forgotten afterwards."""
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **settings: original(self, backend="eager", **settings)
+    )
+    torch.compiler.reset()
+    attention.register(compiled=True)
+    yield
+    torch.compiler.reset()
+    attention.register()
+
+
+@pytest.fixture
+def model(tiny_model_dir: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        tiny_model_dir, dtype=torch.float32, attn_implementation=attention.PACKED
+    ).train()
+
+
+@pytest.fixture
+def frames() -> Callable[[], int]:
+    """How many stretches of code were compiled so far."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    return lambda: int(counters["frames"]["ok"])
+
+
+def gradients(model: Any, lengths: tuple[int, ...]) -> list[torch.Tensor]:
+    tokens = sum(lengths)
+    ids = (torch.arange(tokens) * 7 % model.config.vocab_size)[None]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    told = attention.packed_arguments(lengths, torch.device("cpu"))
+    logits = model(input_ids=ids, position_ids=positions, use_cache=False, **told).logits
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return list(torch.autograd.grad((logits * weights).sum(), trained))
+
+
+def equal(model: Any, other: Any, lengths: tuple[int, ...]) -> None:
+    for one, two in zip(gradients(model, lengths), gradients(other, lengths), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def lora(model: Any) -> Any:
+    torch.manual_seed(0)
+    put_in(model, LoraSettings(rank=4, alpha=8), "base")
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def checkpointing(model: Any) -> Any:
+    model.activation_checkpointing_enable()
+    return model
+
+
+@pytest.mark.parametrize("change", [lambda model: model, checkpointing, lora, lambda model: checkpointing(lora(model))])
+def test_rows_of_any_layout_are_one_compilation(model: Any, frames: Any, change: Callable[[Any], Any]) -> None:
+    model = change(model)
+    plain = copy.deepcopy(model)
+    assert compile_layers(model) == 2
+    equal(model, plain, ROWS[0])
+    made = frames()
+    assert made >= 2
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for lengths in ROWS[1:]:
+            equal(model, plain, lengths)
+    assert frames() == made
+
+
+def test_a_model_is_saved_as_it_was(model: Any) -> None:
+    names = list(model.state_dict())
+    compile_layers(model)
+    gradients(model, ROWS[0])
+    assert list(model.state_dict()) == names
+    equal(copy.deepcopy(model), model, ROWS[1])
+
+
+def test_generation_and_probes_compile_nothing(model: Any, frames: Any) -> None:
+    plain = copy.deepcopy(model)
+    compile_layers(model)
+    asked = [PreviewRequest((5, 6, 7)), PreviewRequest((8, 9))]
+    texts = [
+        [answer.token_ids for answer in generate(m, asked, SamplingParams(max_new_tokens=6))] for m in (model, plain)
+    ]
+    assert texts[0] == texts[1]
+    with eagerly(model):
+        gradients(model, ROWS[0])
+    assert frames() == 0
+    gradients(model, ROWS[0])
+    assert frames() >= 2
+
+
+def test_trying_leaves_nothing_behind(model: Any, frames: Any) -> None:
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+
+    def nats(batch: Any) -> torch.Tensor:
+        return model(input_ids=batch, attention_mask=None, use_cache=False, **told).logits.sum() + torch.rand(())
+
+    told = attention.packed_arguments((12,), torch.device("cpu"))
+    batch: Any = torch.arange(12)[None]
+    compilation.start(model, nats, list(model.parameters()), batch)
+    assert frames() >= 2
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_compiler_that_fails_is_named(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise OSError("no compiler here")
+
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda self, **_: setattr(self, "_compiled_call_impl", torch.compile(self._call_impl, backend=broken)),
+    )
+    told = attention.packed_arguments((12,), torch.device("cpu"))
+    with pytest.raises(InputError, match="torch.compile fails here: .*no compiler here.*false") as caught:
+        compilation.start(
+            model,
+            lambda batch: model(input_ids=batch, use_cache=False, **told).logits.sum(),
+            list(model.parameters()),
+            torch.arange(12)[None],  # type: ignore[arg-type]
+        )
+    assert caught.value.key == "model.compile"
+
+
+def test_a_model_without_layers_is_refused() -> None:
+    model: Any = torch.nn.Linear(2, 2)
+    with pytest.raises(InputError, match="Linear does not say which of its modules are layers") as caught:
+        compilation.start(model, lambda batch: torch.zeros(()), [], None)
+    assert caught.value.key == "model.compile"
