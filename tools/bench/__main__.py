@@ -17,6 +17,7 @@ from pathlib import Path
 
 TABLES = (
     "train",
+    "gpu",
     "overhead",
     "loss",
     "attention",

@@ -37,6 +37,10 @@ ENVIRONMENT = {
 }
 
 
+COMPILED = "_compiled"
+"""How the name of an arm ends that differs from another by torch.compile."""
+
+
 @dataclass(frozen=True)
 class Arm:
     """One way to train.
@@ -48,6 +52,7 @@ class Arm:
         quick_steps: The same of a quick run; 0 leaves the arm out.
         note: Whatever a reader must know of it.
         peer: Whether it runs in the peers' environment.
+        words: Of its script's command line, besides.
     """
 
     name: str
@@ -56,12 +61,18 @@ class Arm:
     quick_steps: int = 0
     note: str = ""
     peer: bool = True
+    words: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """What its script calls it."""
+        return self.name.removesuffix(COMPILED)
 
 
 ARMS = (
     Arm("floor", "floor.py", 20, 6, peer=False),
     Arm("fit", "fit.py", 20, 6, peer=False),
-    Arm("fit_compiled", "fit.py", 20, note="model.compile: true", peer=False),
+    Arm("fit_compiled", "fit.py", 20, note="model.compile: true", peer=False, words=("--compile",)),
     # One of its previews, which come every 50 steps.
     Arm("fit_previews", "fit.py", 50, note="previews every 50 steps", peer=False),
     Arm("trl_packed", "trl_sft.py", 20, 3, note="bfd, sdpa"),
@@ -82,33 +93,46 @@ Found = dict[str, list[dict[str, Any]]]
 
 def run(quick: bool) -> list[Row]:
     """The table's rows."""
-    arms = [arm for arm in ARMS if arm.quick_steps or not quick]
-    if not PEERS.exists():
-        print("  without other trainers: tools/bench/make_peers installs them into .venv-peers", flush=True)
-        arms = [arm for arm in arms if not arm.peer]
+    arms = at_hand(ARMS, quick)
     with tempfile.TemporaryDirectory() as name:
-        workload = Path(name)
-        _call(sys.executable, "workload.py", str(workload), "--chats", "2000" if quick else "10000")
-        found = _measure(arms, workload, quick)
+        call(sys.executable, "workload.py", name, "--chats", "2000" if quick else "10000")
+        found = measure(arms, Path(name), quick, 1 if quick else 3)
     return list(_rows(arms, found))
 
 
-def _measure(arms: list[Arm], workload: Path, quick: bool) -> Found:
-    """What each arm reported in each round."""
+def at_hand(arms: Iterable[Arm], quick: bool) -> list[Arm]:
+    """Those of a quick or a long run; without the peers', where they are not installed."""
+    arms = [arm for arm in arms if arm.quick_steps or not quick]
+    if PEERS.exists():
+        return arms
+    print("  without other trainers: tools/bench/make_peers installs them into .venv-peers", flush=True)
+    return [arm for arm in arms if not arm.peer]
+
+
+def measure(arms: list[Arm], workload: Path, quick: bool, warmup: int, *words: str) -> Found:
+    """What each arm reported in each round.
+
+    Args:
+        arms: To run in turn.
+        workload: Folder that workload.py wrote.
+        quick: Fewer rounds and steps.
+        warmup: Steps before those that count.
+        words: Of every arm's command line, besides its own.
+    """
     found: Found = {arm.name: [] for arm in arms}
     rounds = QUICK_ROUNDS if quick else ROUNDS
     for number in range(1, rounds + 1):
         for arm in arms:
             print(f"  round {number} of {rounds}: {arm.name}", file=sys.stderr, flush=True)
             python = str(PEERS) if arm.peer else sys.executable
-            steps = ["--warmup", "1" if quick else "3", "--steps", str(arm.quick_steps if quick else arm.steps)]
-            said = _call(python, arm.script, arm.name, str(workload), *steps)
+            steps = ["--warmup", str(warmup), "--steps", str(arm.quick_steps if quick else arm.steps)]
+            said = call(python, arm.script, arm.kind, str(workload), *steps, *arm.words, *words)
             found[arm.name].append(json.loads(said.splitlines()[-1]))
     return found
 
 
-def _call(python: str, script: str, *words: str) -> str:
-    """What a script of arms/ printed.
+def call(python: str, script: str, *words: str) -> str:
+    """What a script of arms/ printed; on one thread, without a network.
 
     Raises:
         RuntimeError: It failed; with the end of what it said.

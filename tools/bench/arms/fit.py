@@ -1,4 +1,4 @@
-"""Arms `fit`, `fit_compiled` and `fit_previews`: `lightning-trainer fit`, end to end through its command line.
+"""Arms `fit` and `fit_previews`: `lightning-trainer fit`, end to end through its command line.
 
 All that is on by default is on: progress bar, TensorBoard, status file, checkpoints, the self-check. `fit` puts the
 previews off to the end of the run, which is behind the counted steps; `fit_previews` leaves them at their interval.
@@ -6,6 +6,7 @@ previews off to the end of the run, which is behind the counted steps; `fit_prev
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import meter
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
-from workload import MAX_LENGTH
+from workload import TokenRows
 
 from lightning_trainer import cli
 
@@ -41,32 +42,33 @@ class StepClock(Callback):
         self.measured.saw(len(batch.targets), nats)
 
 
-def configuration(workload: Path, folder: Path, steps: int, arm: str) -> dict[str, Any]:
+def configuration(given: argparse.Namespace, folder: Path, steps: int) -> dict[str, Any]:
     """The run's YAML: what the arms have in common, and defaults."""
     preview: dict[str, Any] = {"class_path": "PreviewCallback"}
-    if arm != "fit_previews":
+    if given.arm != "fit_previews":
         preview["init_args"] = {"every_n_steps": NEVER}
     return {
         "model": {
-            "pretrained": str(workload / "model"),
-            "compile": arm == "fit_compiled",
+            "pretrained": str(given.workload / "model"),
+            "compile": given.compile,
             "optimizer": {
-                "class_path": "CompensatedAdamW",  # a plain fused AdamW in fp32
+                "class_path": "CompensatedAdamW",  # a plain fused AdamW in fp32; exact weights in bf16
                 "init_args": {"lr": meter.LEARNING_RATE, "betas": list(meter.BETAS)},
             },
             "lr_scheduler": {"class_path": "WarmupConstant", "init_args": {"warmup_steps": 0}},
         },
         "data": {
-            "train_path": str(workload / "chats.jsonl"),
+            "train_path": str(given.workload / "chats.jsonl"),
             "val_fraction": 0,
             "profile": "Plain",
-            "max_length": MAX_LENGTH,
+            "max_length": TokenRows.load(given.workload).max_length,
             "batch_size": 1,
             "cache_dir": str(folder / "cache"),
         },
         "trainer": {
-            "accelerator": "cpu",
-            "precision": "32-true",
+            "accelerator": "gpu" if given.device == "cuda" else "cpu",
+            "devices": 1,
+            "precision": "bf16-true" if given.device == "cuda" else "32-true",
             "max_steps": steps,
             "default_root_dir": str(folder / "run"),
             "callbacks": [preview, "StatusFile", "HuggingFaceExport", f"{__name__}.{StepClock.__name__}"],
@@ -76,12 +78,12 @@ def configuration(workload: Path, folder: Path, steps: int, arm: str) -> dict[st
 
 def main() -> None:
     """Train and report."""
-    given = meter.arguments(__doc__, "fit", "fit_compiled", "fit_previews")
+    given = meter.arguments(__doc__, "fit", "fit_previews")
     StepClock.measured = meter.Meter(given)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # One step more than are counted: the last one ends where the next begins.
-        run = configuration(given.workload, folder, StepClock.measured.last + 1, given.arm)
+        run = configuration(given, folder, StepClock.measured.last + 1)
         (folder / "run.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
         status = cli.main(["fit", "--config", str(folder / "run.yaml")])
     if status:

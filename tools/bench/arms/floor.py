@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
-from workload import MAX_LENGTH, TokenRows
+from workload import TokenRows
 
 from lightning_trainer.data.sampler import Layout, plan_epoch
 
@@ -48,7 +48,7 @@ class Packed:
 def batches(rows: TokenRows) -> Iterator[Packed]:
     """The rows of an epoch, each an optimizer step."""
     examples = list(rows)
-    plan = plan_epoch(rows.lengths, rows.labels, Layout(batch_size=1, pack_to=MAX_LENGTH, seed=RUN_SEED), epoch=0)
+    plan = plan_epoch(rows.lengths, rows.labels, Layout(batch_size=1, pack_to=rows.max_length, seed=RUN_SEED), epoch=0)
     for step in range(len(plan)):
         pairs = [examples[example] for example in plan.examples(step, rank=0).tolist()]
         ids, labels = (np.concatenate(parts) for parts in zip(*pairs, strict=True))

@@ -7,10 +7,10 @@ matrices cost no more than large ones.
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import meter
-import torch
 from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -65,7 +65,7 @@ def chats_per_step(rows: TokenRows, single: bool) -> dict[str, int]:
     return dict(zip(names, (rows.per_step, 1) if single else (1, rows.per_step), strict=True))
 
 
-def common(measured: meter.Meter, out: str) -> dict[str, Any]:
+def common(given: argparse.Namespace, measured: meter.Meter, out: str) -> dict[str, Any]:
     """What the arms have in common, as TrainingArguments; one step more than are counted."""
     return {
         "output_dir": out,
@@ -77,8 +77,9 @@ def common(measured: meter.Meter, out: str) -> dict[str, Any]:
         "adam_beta2": meter.BETAS[1],
         "weight_decay": 0.0,
         "max_grad_norm": meter.CLIP,
-        "use_cpu": True,
-        "bf16": False,
+        "use_cpu": given.device == "cpu",
+        "bf16": False,  # no autocast: weights, activations and optimizer are of the dtype the model is loaded in
+        "torch_compile": given.compile,
         "save_strategy": "no",
         "report_to": "none",
         "logging_steps": 10,
@@ -99,13 +100,13 @@ def main() -> None:
     rows = TokenRows.load(given.workload)
     folder = str(given.workload / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    chosen = common(measured, str(given.workload / given.arm)) | {
+    chosen = common(given, measured, str(given.workload / given.arm)) | {
         **chats_per_step(rows, given.arm == "hf_single"),
         "train_sampling_strategy": "group_by_length" if given.arm == "hf_grouped" else "random",
         "length_column_name": "length",
     }
     trainer = CountedTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(folder, dtype=given.dtype),
         args=TrainingArguments(**chosen),
         train_dataset=dataset(rows),
         data_collator=DataCollatorForSeq2Seq(tokenizer),

@@ -1,7 +1,8 @@
 """What every arm measures alike, and the one line of JSON in which it says so.
 
 CPU time is that of the whole process, threads and ended children included, from the end of the last warm-up step to the
-end of the last counted one: between two equal places of the loop, so that whatever a step costs is counted once.
+end of the last counted one: between two equal places of the loop, so that whatever a step costs is counted once. On a
+GPU the clock on the wall is read at the same places, once all that was asked of the GPU is done.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import json
 import resource
 import time
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,6 +22,15 @@ LEARNING_RATE, BETAS, CLIP = 1e-3, (0.9, 0.95), 1.0
 """Of every arm; the rate is constant, there is no weight decay."""
 
 FIRST_LOSSES = 3
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What had been used and done at one place of the loop."""
+
+    cpu_seconds: float
+    wall_seconds: float
+    useful_tokens: int
 
 
 def cpu_seconds() -> float:
@@ -51,7 +62,8 @@ class Meter:
         self._tokens = 0
         self._open: list[tuple[int, Tensor]] = []
         self._losses: list[Tensor] = []
-        self._marks: dict[int, tuple[float, int]] = {}
+        self._marks: dict[int, Mark] = {}
+        self._on_gpu = given.device == "cuda"
 
     def saw(self, tokens: int, nats: Tensor) -> None:
         """Note a micro-batch that was trained on: its labelled tokens and the sum of their loss, not read here."""
@@ -65,7 +77,9 @@ class Meter:
             self._losses.append(torch.stack(nats).sum() / sum(tokens))
             self._open = []
         if steps in (self.warmup, self.last) and steps not in self._marks:
-            self._marks[steps] = (cpu_seconds(), self._tokens)
+            if self._on_gpu:
+                torch.cuda.synchronize()
+            self._marks[steps] = Mark(cpu_seconds(), time.perf_counter(), self._tokens)
 
     def report(self, *packages: str) -> None:
         """Print the line.
@@ -73,14 +87,16 @@ class Meter:
         Args:
             packages: Whose versions belong to it, besides torch's.
         """
-        (began, first), (ended, last) = self._marks[self.warmup], self._marks[self.last]
+        first, last = self._marks[self.warmup], self._marks[self.last]
         found = {
             "arm": self.arm,
             "steps": self.last - self.warmup,
-            "useful_tokens": last - first,
-            "cpu_seconds": ended - began,
+            "useful_tokens": last.useful_tokens - first.useful_tokens,
+            "cpu_seconds": last.cpu_seconds - first.cpu_seconds,
+            "wall_seconds": last.wall_seconds - first.wall_seconds,
             "process_cpu_seconds": cpu_seconds(),
             "peak_rss_mib": _peak_rss_mib(),
+            "peak_gpu_mib": torch.cuda.max_memory_allocated() / 2**20 if self._on_gpu else 0.0,
             "first_losses": [round(float(loss), 5) for loss in self._losses[:FIRST_LOSSES]],
             "threads": torch.get_num_threads(),
             "versions": {name: version(name) for name in ("torch", *packages)},
@@ -95,7 +111,7 @@ def _peak_rss_mib() -> float:
 
 
 def arguments(description: str | None, *arms: str) -> argparse.Namespace:
-    """The command line of an arm: workload, arm, warmup, steps.
+    """The command line of an arm: workload, arm, warmup, steps, device, compile; and the dtype of that device.
 
     Args:
         description: What the arm is.
@@ -106,4 +122,8 @@ def arguments(description: str | None, *arms: str) -> argparse.Namespace:
     parser.add_argument("workload", type=Path, help="folder that workload.py wrote")
     parser.add_argument("--warmup", type=int, default=3, help="optimizer steps before the counted ones")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps counted")
-    return parser.parse_args()
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: in bf16")
+    parser.add_argument("--compile", action="store_true", help="with torch.compile")
+    given = parser.parse_args()
+    given.dtype = torch.bfloat16 if given.device == "cuda" else torch.float32
+    return given

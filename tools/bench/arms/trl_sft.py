@@ -8,11 +8,10 @@ Its own default recomputes activations in the backward pass; here nothing is rec
 from __future__ import annotations
 
 import meter
-import torch
 from hf_trainer import Counted, StepClock, chats_per_step, common, dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
-from workload import MAX_LENGTH, TokenRows
+from workload import TokenRows
 
 
 class CountedTrainer(Counted, SFTTrainer):
@@ -26,15 +25,15 @@ def main() -> None:
     rows = TokenRows.load(given.workload)
     folder = str(given.workload / "model")
     packed = given.arm == "trl_packed"
-    chosen = common(measured, str(given.workload / given.arm)) | {
+    chosen = common(given, measured, str(given.workload / given.arm)) | {
         **({"per_device_train_batch_size": 1} if packed else chats_per_step(rows, given.arm == "trl_single")),
         "packing": packed,
         "packing_strategy": "bfd",
-        "max_length": MAX_LENGTH,
+        "max_length": rows.max_length,
         "gradient_checkpointing": False,
     }
     trainer = CountedTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(folder, dtype=given.dtype),
         args=SFTConfig(**chosen),
         train_dataset=dataset(rows),
         processing_class=AutoTokenizer.from_pretrained(folder),

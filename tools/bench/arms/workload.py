@@ -1,9 +1,9 @@
-"""The throughput table's workload: a model, its tokenizer and 10,000 chats, a pure function of this file.
+"""The throughput tables' workload: a model, its tokenizer and 10,000 chats, a pure function of this file.
 
-python tools/bench/arms/workload.py FOLDER [--chats 10000]
+python tools/bench/arms/workload.py FOLDER [--chats 10000] [--shape 7M]
 
-FOLDER then holds `model/` (Qwen3's shape, 6.9 M random fp32 weights, a byte-level BPE of 8,192 tokens trained on the
-chats), `chats.jsonl`, and `rows.npz`: the same chats as the token rows that `fit` makes of them, for arms that are
+FOLDER then holds `model/` (Qwen3's shape, random weights, a byte-level BPE of 8,192 tokens trained on the chats),
+`chats.jsonl`, and `rows.npz`: the same chats as the token rows that `fit` makes of them, for arms that are
 handed tokens. Lengths are log-normal, 195 tokens on average; about 44 % of the tokens are the assistant's and carry a
 label.
 """
@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +23,6 @@ import numpy.typing as npt
 SEED = 20261124
 CHATS = 10_000
 VOCABULARY = 8_192
-MAX_LENGTH = 2_048
-"""Tokens of a packed row, and of an optimizer step."""
 
 WORDS, SPREAD = 148, 0.8
 """Mean of a chat's words, and sigma of their logarithm: with the template 195 tokens, and as spread as chats are."""
@@ -43,6 +42,52 @@ Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
+class Shape:
+    """A model, and how much it is given.
+
+    Attributes:
+        max_length: Tokens of a packed row, and of an optimizer step.
+        config: Of the model: what is not Qwen3's own default, or is worth saying.
+        dtype: Of the weights.
+    """
+
+    max_length: int
+    dtype: str
+    config: dict[str, Any]
+
+
+SHAPES = {
+    "7M": Shape(
+        2_048,
+        "float32",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 256,
+            "intermediate_size": 784,  # 6.9 M parameters, together with tied embeddings
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+        },
+    ),
+    "0.6B": Shape(
+        4_096,
+        "bfloat16",
+        {
+            "vocab_size": 151_936,
+            "hidden_size": 1_024,
+            "intermediate_size": 3_072,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
 class TokenRows:
     """Chats as tokens; chat i holds `ids[starts[i] : starts[i + 1]]`.
 
@@ -50,17 +95,19 @@ class TokenRows:
         ids: Token ids, chat after chat.
         labelled: 1 where the token is trained on, as long as `ids`.
         starts: Where each chat starts; one more than there are chats.
+        max_length: Tokens of an optimizer step.
     """
 
     ids: Ints
     labelled: Ints
     starts: Ints
+    max_length: int
 
     @classmethod
     def load(cls, workload: Path) -> TokenRows:
         """Those of a workload's folder."""
         with np.load(workload / "rows.npz") as held:
-            return cls(held["ids"], held["labelled"], held["starts"])
+            return cls(held["ids"], held["labelled"], held["starts"], int(held["max_length"]))
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -84,7 +131,7 @@ class TokenRows:
     @property
     def per_step(self) -> int:
         """Chats that hold the tokens of an optimizer step on average, for arms that count chats and not tokens."""
-        return round(MAX_LENGTH / float(self.lengths.mean()))
+        return round(self.max_length / float(self.lengths.mean()))
 
 
 def chats(count: int) -> list[list[dict[str, str]]]:
@@ -113,15 +160,15 @@ def _lexicon(rng: np.random.Generator) -> npt.NDArray[np.str_]:
     return np.array(list(found))
 
 
-def make(folder: Path, count: int = CHATS) -> None:
+def make(folder: Path, count: int = CHATS, shape: str = "7M") -> None:
     """Write the workload."""
     folder.mkdir(parents=True, exist_ok=True)
     made = chats(count)
     lines = (json.dumps({"messages": messages}) + "\n" for messages in made)
     (folder / "chats.jsonl").write_text("".join(lines), encoding="utf-8")
     _make_tokenizer(folder / "model", made)
-    _make_model(folder / "model")
-    _make_rows(folder, made)
+    _make_model(folder / "model", SHAPES[shape])
+    _make_rows(folder, made, SHAPES[shape].max_length)
 
 
 def _make_tokenizer(folder: Path, made: list[list[dict[str, str]]]) -> None:
@@ -149,29 +196,23 @@ def _make_tokenizer(folder: Path, made: list[list[dict[str, str]]]) -> None:
     fast.save_pretrained(str(folder))
 
 
-def _make_model(folder: Path) -> None:
+def _make_model(folder: Path, shape: Shape) -> None:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=784,  # 6.9 M parameters, together with tied embeddings
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=MAX_LENGTH,
+        **shape.config,
+        max_position_embeddings=shape.max_length,
         tie_word_embeddings=True,
         pad_token_id=0,
         eos_token_id=2,
-        dtype="float32",
+        dtype=shape.dtype,
     )
     torch.manual_seed(SEED)
-    Qwen3ForCausalLM(config).save_pretrained(str(folder))
+    Qwen3ForCausalLM(config).to(getattr(torch, shape.dtype)).save_pretrained(str(folder))
 
 
-def _make_rows(folder: Path, made: list[list[dict[str, str]]]) -> None:
+def _make_rows(folder: Path, made: list[list[dict[str, str]]], most: int) -> None:
     from transformers import AutoTokenizer
 
     from lightning_trainer.data.encode import Encoder
@@ -183,13 +224,14 @@ def _make_rows(folder: Path, made: list[list[dict[str, str]]]) -> None:
             raise encoded
         rows += encoded
     lengths = [len(row.ids) for row in rows]
-    if max(lengths) > MAX_LENGTH:
-        raise ValueError(f"a chat has {max(lengths)} tokens, more than the {MAX_LENGTH} of a step")
+    if max(lengths) > most:
+        raise ValueError(f"a chat has {max(lengths)} tokens, more than the {most} of a step")
     np.savez(
         folder / "rows.npz",
         ids=np.array([token for row in rows for token in row.ids]),
         labelled=np.array([mark for row in rows for mark in row.trained]),
         starts=np.cumsum([0, *lengths]),
+        max_length=most,
     )
 
 
@@ -198,8 +240,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--chats", type=int, default=CHATS)
+    parser.add_argument("--shape", choices=SHAPES, default="7M")
     given = parser.parse_args()
-    make(given.folder, given.chats)
+    make(given.folder, given.chats, given.shape)
     rows = TokenRows.load(given.folder)
     print(
         f"{len(rows):,} chats, {rows.lengths.mean():.0f} tokens on average, {rows.lengths.max():,} at most, "
