@@ -59,8 +59,9 @@ class TokenStore:
         self._marks = [_lists(chunk) for chunk in table.column("trained").chunks]
         self._origin = {name: table.column(name) for name in ("file", "line", "turn")}
         self._first = np.cumsum([0, *(len(offsets) - 1 for offsets, _ in self._ids)])
-        lengths = (np.diff(offsets).astype(np.int32) for offsets, _ in self._ids)
-        self.lengths: Ints = np.concatenate([np.empty(0, np.int32), *lengths])
+        self.lengths: Ints = np.empty(self._first[-1], dtype=np.int32)
+        for first, (offsets, _) in zip(self._first, self._ids, strict=False):
+            np.subtract(offsets[1:], offsets[:-1], out=self.lengths[first : first + len(offsets) - 1])
         self.trained: Ints = table.column("trained_tokens").to_numpy()
 
     def __len__(self) -> int:

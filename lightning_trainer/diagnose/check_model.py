@@ -49,6 +49,7 @@ class ModelFacts:
     loss: LossName
     why_full: str
     gradient_checkpointing: bool
+    compiled: bool
     positions: int | None
     embedding_rows: int
     vocabulary: int
@@ -110,6 +111,7 @@ def model_facts(module: CausalLMModule, model: PreTrainedModel, trainer: Trainer
         loss="full" if why_full else module.loss_name,
         why_full=why_full,
         gradient_checkpointing=module.gradient_checkpointing,
+        compiled=module.compiles,
         positions=getattr(config, "max_position_embeddings", None),
         embedding_rows=pretrained.embedding_rows(model),
         vocabulary=len(module.tokenizer),

@@ -54,7 +54,8 @@ def _model(facts: Facts) -> Iterator[str]:
     if model.adapters:
         yield f"{model.adapters}, on a frozen model" + (" of 4 bits" if model.quantized else "")
     why = f" ({model.why_full})" if model.why_full else ""
-    yield f"{model.precision} ({model.dtype}), attention {model.attention}, loss {model.loss}{why}"
+    compiled = ", layers compiled" if model.compiled else ""
+    yield f"{model.precision} ({model.dtype}), attention {model.attention}, loss {model.loss}{why}{compiled}"
     yield f"{settings.optimizer}, lr {settings.lr:g}, {_schedule(facts.run)}"
 
 
