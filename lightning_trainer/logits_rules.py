@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import assert_never
 
 import torch
@@ -74,10 +75,10 @@ class RuleProcessor:
         rows_per_prompt = self._rows_per_prompt(input_ids.shape[0])
         start = self._generation_start(input_ids.shape[1])
         scores = scores.clone()
-        for row in range(input_ids.shape[0]):
+        for row, generated in enumerate(input_ids[:, start:].tolist()):  # waits for the device once
             rules = self._rules[row // rows_per_prompt]
             if rules:
-                scores[row] = apply_rules(rules, input_ids[row, start:].tolist(), scores[row])
+                scores[row] = apply_rules(rules, generated, scores[row])
         return scores
 
     def _rows_per_prompt(self, rows: int) -> int:
@@ -161,7 +162,7 @@ def _end_of(trigger: tuple[int, ...], tokens: list[int]) -> int | None:
 
 def _penalise_tokens(rule: TokenPenalty, generated: list[int], scores: Tensor) -> Tensor:
     penalty = rule.penalty * schedule_multiplier(rule.schedule, len(generated))
-    ids = _index(rule.token_ids, rule.label, scores)
+    ids = _kept_index(rule.token_ids, rule.label, len(scores), scores.device)
     return _changed(scores, ids, lambda values: values - penalty)
 
 
@@ -169,41 +170,55 @@ def _push_to_end(rule: AfterSequence, generated: list[int], scores: Tensor) -> T
     k = tokens_after_trigger(rule.triggers, generated)
     if k is None:
         return scores
-    exempt = _index(rule.exempt_ids, rule.label, scores)
-    others = torch.ones(scores.shape[0], dtype=torch.bool, device=scores.device)
-    others[exempt] = False
+    exempt = _marks(rule.exempt_ids, rule.label, len(scores), scores.device)
     penalty = penalty_after(rule, k)
-    scores = _changed(scores, others.nonzero().squeeze(1), lambda values: values - penalty)
-    return _changed(scores, exempt, lambda values: values + rule.exempt_bonus)
+    return _new(scores, lambda values: torch.where(exempt, values + rule.exempt_bonus, values - penalty))
 
 
 def _penalise_repetition(rule: RepetitionPenalty, generated: list[int], scores: Tensor) -> Tensor:
-    ids = _index(generated[-rule.window :], rule.label, scores)
+    ids = _index(generated[-rule.window :], rule.label, len(scores), scores.device)
     return _changed(scores, ids, lambda values: torch.where(values > 0, values / rule.penalty, values * rule.penalty))
 
 
 def _forbid(rule: ForbidTokens, scores: Tensor) -> Tensor:
-    ids = _index(rule.token_ids, rule.label, scores)
+    ids = _kept_index(rule.token_ids, rule.label, len(scores), scores.device)
     if len(ids) == scores.shape[0]:
         raise ValueError(f"logits rule {rule.label!r} forbids all {len(ids)} tokens; leave one to generate")
     return scores.index_fill(0, ids, -math.inf)
 
 
-def _index(token_ids: Sequence[int], label: str, scores: Tensor) -> Tensor:
+def _index(token_ids: Sequence[int], label: str, vocabulary: int, device: torch.device) -> Tensor:
     """The ids, each once, on the scores' device."""
     unique = sorted(set(token_ids))
-    if unique and not 0 <= unique[0] <= unique[-1] < scores.shape[0]:
+    if unique and not 0 <= unique[0] <= unique[-1] < vocabulary:
         raise ValueError(
-            f"logits rule {label!r} names tokens {unique[0]} to {unique[-1]}, the model scores {scores.shape[0]}; "
+            f"logits rule {label!r} names tokens {unique[0]} to {unique[-1]}, the model scores {vocabulary}; "
             f"build the rules with the model's own tokenizer"
         )
-    return torch.tensor(unique, dtype=torch.long, device=scores.device)
+    return torch.tensor(unique, dtype=torch.long, device=device)
+
+
+@lru_cache(maxsize=64)
+def _kept_index(token_ids: tuple[int, ...], label: str, vocabulary: int, device: torch.device) -> Tensor:
+    """The same of ids that do not change, kept: a GPU is waited for where it is given numbers."""
+    return _index(token_ids, label, vocabulary, device)
+
+
+@lru_cache(maxsize=16)
+def _marks(token_ids: tuple[int, ...], label: str, vocabulary: int, device: torch.device) -> Tensor:
+    """(V,) bool, True at the ids."""
+    marks = torch.zeros(vocabulary, dtype=torch.bool, device=device)
+    return marks.index_fill_(0, _index(token_ids, label, vocabulary, device), value=True)
 
 
 def _changed(scores: Tensor, ids: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """The scores with `change` made at `ids`, in fp32 and clamped: in fp16, -6e4 - 1e4 would become -inf."""
-    old = scores[ids]
-    wide = old.to(torch.promote_types(scores.dtype, torch.float32))
+    """The scores with `change` made at `ids`."""
+    return scores.index_copy(0, ids, _new(scores[ids], change))
+
+
+def _new(scores: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """The scores after `change`, made in fp32 and clamped: in fp16, -6e4 - 1e4 would become -inf."""
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     new = bounded(change(wide), scores.dtype).to(scores.dtype)
     # What was infinite (already ruled out by someone else) stays as it was.
-    return scores.index_copy(0, ids, torch.where(old.isfinite(), new, old))
+    return torch.where(scores.isfinite(), new, scores)

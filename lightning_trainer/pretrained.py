@@ -185,6 +185,7 @@ def _unknown_attention(config: PretrainedConfig, name: str | None) -> InputError
 def _load_weights(
     pretrained: str, config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str | None, **packed: Any
 ) -> PreTrainedModel:
+    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -203,6 +204,8 @@ def _load_weights(
         if error.args != (attn_implementation,):
             raise
         raise _unknown_attention(config, attn_implementation) from error
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"no weights could be loaded from {pretrained!r} (model.from_scratch: true takes random ones): {error}",

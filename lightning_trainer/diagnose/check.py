@@ -87,6 +87,7 @@ def examine(module: CausalLMModule, data: ChatDataModule, trainer: Trainer) -> R
         packed=data.packing,
         checkpointing=module.gradient_checkpointing,
         packed_weight=None if module.quantization is None else module.quantization.bytes_a_weight(),
+        device=trainer.strategy.root_device,
     )
     facts = Facts(settings, about, train.facts, val, run, held)
     return Report(facts, findings(facts))

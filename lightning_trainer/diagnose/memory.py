@@ -170,9 +170,16 @@ def _input_of(name: str) -> str:
 
 
 def loss_bytes(
-    loss: LossName, hidden: int, rows: int, tokens: int, trained: int, itemsize: int, frozen: bool = False
+    loss: LossName,
+    hidden: int,
+    rows: int,
+    tokens: int,
+    trained: int,
+    itemsize: int,
+    frozen: bool = False,
+    chunk: int = CHUNK,
 ) -> int:
-    """What the loss holds at its peak, besides the activations.
+    """What the loss holds at its peak, besides the activations; on a GPU, unless `chunk` says otherwise.
 
     `full`: the trained tokens' logits, their fp32 log-softmax and its gradient, NV(s + 8); or, later, the gradient of
     all logits, TVs + NVs. `chunked`: fp32 logits of a chunk, and rounded ones under 16 bits; the output layer's
@@ -181,9 +188,9 @@ def loss_bytes(
     """
     if loss == "full":
         return max(trained * rows * (itemsize + 8), (tokens + trained) * rows * itemsize)
-    chunk = min(trained, CHUNK) * (4 if itemsize == 4 else 4 + itemsize)
+    scratch = min(trained, chunk) * (4 if itemsize == 4 else 4 + itemsize)
     layer = 0 if frozen else rows * hidden * (4 + (itemsize if itemsize < 4 else 0))
-    return chunk * rows + layer + trained * hidden * itemsize
+    return scratch * rows + layer + trained * hidden * itemsize
 
 
 @dataclass(frozen=True)
@@ -298,6 +305,7 @@ def estimate(
     packed: bool,
     checkpointing: bool,
     packed_weight: float | None = None,
+    device: torch.device | None = None,
 ) -> Memory:
     """The memory of a training step.
 
@@ -307,6 +315,7 @@ def estimate(
         trained: How many of them are trained on.
         packed: Whether examples share rows.
         packed_weight: Bytes a weight of a quantised base's linear layers.
+        device: That trains; where it is no GPU, a card is assumed.
     """
     s, shape = dtype.itemsize, shape_of(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -326,7 +335,7 @@ def estimate(
     chosen = within if checkpointing else without
     # One layer is computed again after the loss has let go of its memory.
     passes = None if chosen is None else chosen.kept + max(chosen.recomputed, at_loss)
-    card, name = _card()
+    card, name = _card(device)
     return Memory(
         **static,
         update=optimizer.update,
@@ -355,8 +364,8 @@ def _held(held: Activations | None) -> int | None:
     return None if held is None else held.kept + held.recomputed
 
 
-def _card() -> tuple[int, str]:
-    if not torch.cuda.is_available():
+def _card(device: torch.device | None) -> tuple[int, str]:
+    if device is None or device.type != "cuda":
         return CARD
-    found = torch.cuda.get_device_properties(0)
+    found = torch.cuda.get_device_properties(device)
     return int(found.total_memory), str(found.name)

@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from lightning_trainer.callbacks import NonFiniteError
 from lightning_trainer.checkpoints import CheckpointWriteError
 from lightning_trainer.engine.launcher import RankFailed
@@ -67,6 +69,12 @@ def known_failures() -> Iterator[None]:
         yield
     except (NonFiniteError, CheckpointWriteError, DtypeError, RankFailed) as error:
         raise FailedRun(str(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise FailedRun(
+            f"the GPU has no memory left: {str(error).splitlines()[0]}\n"
+            "lightning-trainer check says what takes how much; less take a smaller data.batch_size or data.max_length, "
+            "model.gradient_checkpointing: true and model.lora"
+        ) from error
 
 
 @contextmanager

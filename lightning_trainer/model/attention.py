@@ -3,7 +3,7 @@
 On a GPU all examples go through one kernel for rows of unequal lengths (`varlen`); elsewhere, and where that kernel
 cannot serve, each example through torch's SDPA.
 
-Registered with transformers under `PACKED`. Only for packed training forwards: with its null mask a cached decode or a
+Registered with transformers under `PACKED`. Only for packed training forwards: without a mask a cached decode or a
 padded batch would go wrong, so `generation.quiet` and unpacked rows use sdpa.
 
 Shapes: B = 1 row, H query heads, K key/value heads, T tokens of the row, D head dimension.
@@ -78,7 +78,8 @@ def packed_attention(
         query: (1, H, T, D).
         key: (1, K, T, D).
         value: (1, K, T, D).
-        attention_mask: None; the registered mask function makes none.
+        attention_mask: None. transformers makes none for a name that has no mask function; with one that gives None it
+            would read the positions first, and wait for the device.
         examples: How the row is laid out.
         scaling: Of the scores; None is 1/sqrt(D).
         dropout: Of the attention weights.
@@ -178,7 +179,6 @@ def register(compiled: bool = False) -> None:
     Args:
         compiled: Layers are compiled: they are to call it as it is.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface
 
     AttentionInterface.register(PACKED, _not_compiled() if compiled else packed_attention)
-    AttentionMaskInterface.register(PACKED, lambda *_, **__: None)

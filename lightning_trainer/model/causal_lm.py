@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,6 +101,11 @@ class CausalLMModule(lightning.LightningModule):
         """Build the model in the run's dtype; once."""
         if self.model is not None:
             return
+        # Lightning would have it made on the device, whose random weights and rotary frequencies are not the host's.
+        with nullcontext() if self.quantization is not None else torch.device("cpu"):
+            self._build()
+
+    def _build(self) -> None:
         attention.register()
         self.model = hub.load_model(
             self.pretrained,

@@ -35,8 +35,7 @@ class UpdateSample:
         Waits for the device.
         """
         same = [a.eq(b) & asked for a, b, asked in zip(self.before, self._weights(), self.asked, strict=True)]
-        counted = sum(int(asked.sum()) for asked in self.asked)
-        return sum(int(part.sum()) for part in same) / max(counted, 1)
+        return _count(same) / max(_count(self.asked), 1)
 
     @torch.no_grad()
     def _weights(self) -> list[Tensor]:
@@ -44,3 +43,11 @@ class UpdateSample:
         if exact is not None:
             return [exact(p, place) for p, place in self.places]
         return [p.detach().reshape(-1)[place].clone() for p, place in self.places]
+
+
+def _count(marks: list[Tensor]) -> int:
+    """True ones among all; waits for each device once."""
+    sums: dict[torch.device, list[Tensor]] = {}
+    for mark in marks:
+        sums.setdefault(mark.device, []).append(mark.sum())
+    return sum(int(torch.stack(found).sum()) for found in sums.values())

@@ -23,8 +23,12 @@ from lightning_trainer.pretrained import embedding_rows
 
 LossName = Literal["chunked", "full"]
 
-CHUNK = 128
-"""Tokens whose logits exist at once: 128 x 151,936 of them are 78 MB in fp32. Fewer make slow matrix products."""
+CHUNK, CPU_CHUNK = 512, 128
+"""Tokens whose logits exist at once: 128 x 151,936 of them are 78 MB in fp32.
+
+On a GPU each chunk reads the output layer twice and its gradient's total once, whatever its tokens are: with fewer it
+would wait for memory. On a CPU fewer make slow matrix products, and more wait for memory.
+"""
 
 CACHED_ROWS = 4
 """Of logits: 2.4 MB at a vocabulary of 151,936."""
@@ -114,6 +118,11 @@ def nats_chunked(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: T
     return nats
 
 
+def chunk_on(device: torch.device) -> int:
+    """Tokens of a chunk."""
+    return CPU_CHUNK if device.type == "cpu" else CHUNK
+
+
 class _Chunked(torch.autograd.Function):
     """Gradients are made in the forward pass, while a chunk's logits are there: none is computed twice.
 
@@ -127,9 +136,10 @@ class _Chunked(torch.autograd.Function):
     ) -> Tensor:
         ctx.expected = expected
         sums = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
-        nats, scratch = torch.zeros((), device=hidden.device), _Scratch(min(CHUNK, len(targets)), weight)
-        for start in range(0, len(targets), CHUNK):
-            part = slice(start, start + CHUNK)
+        chunk = chunk_on(hidden.device)
+        nats, scratch = torch.zeros((), device=hidden.device), _Scratch(min(chunk, len(targets)), weight)
+        for start in range(0, len(targets), chunk):
+            part = slice(start, start + chunk)
             logits = scratch.logits(hidden[part], weight, bias)
             nats += gradients_(logits, targets[part]) if sums.any else exponentials_(logits, targets[part])[0]
             if sums.any:
@@ -260,8 +270,9 @@ def exponentials_(logits: Tensor, targets: Tensor, largest: Tensor | None = None
 def evaluate_tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of nats (fp32) and count of tokens guessed right (int64), a chunk of logits at a time."""
     nats, right = torch.zeros((), device=hidden.device), torch.zeros((), dtype=torch.int64, device=hidden.device)
-    scratch = _Scratch(min(CHUNK, len(targets)), weight)
-    for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+    chunk = chunk_on(hidden.device)
+    scratch = _Scratch(min(chunk, len(targets)), weight)
+    for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
         logits = scratch.logits(h, weight, bias)
         largest, guess = logits.max(-1, keepdim=True)
         right += (guess[:, 0] == t).sum()

@@ -77,7 +77,7 @@ def refuse_leaks(model: PreTrainedModel) -> None:
     """
     try:
         found = packing_leak(model)
-    except InputError:
+    except (InputError, torch.OutOfMemoryError):
         raise
     except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError, KeyError) as error:
         why = f"{type(error).__name__}: {error}"

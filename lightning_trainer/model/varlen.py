@@ -1,7 +1,7 @@
 """Kernels that take rows of unequal lengths, laid end to end, in one launch: flash attention, of torch or flash-attn.
 
-They compute in 16 bits, on CUDA devices from Ampere on, with heads of some sizes, and add gradients up in no fixed
-order. Where one of these does not suit a run, None says so.
+They compute in 16 bits, on CUDA devices from Ampere on, with heads of some sizes. Where one of these does not suit a
+run, None says so. They add gradients up in no fixed order, except in a run that is to be deterministic.
 
 Shapes: T tokens of all rows, H query heads, K key/value heads, D head dimension, N rows.
 """
@@ -63,7 +63,7 @@ def kernel_for(query: Tensor, value: Tensor, dropout: float) -> Kernel | None:
     """
     heads = query.shape[-1] == value.shape[-1] and takes_heads_of(query.shape[-1])
     fits = heads and query.dtype in (torch.bfloat16, torch.float16)
-    if query.device.type != "cuda" or not fits or torch.are_deterministic_algorithms_enabled():
+    if query.device.type != "cuda" or not fits:
         return None
     if _capability(query.device) < LEAST_CAPABILITY:
         return None
@@ -80,7 +80,8 @@ def _capability(device: torch.device) -> tuple[int, int]:
 @cache
 def _kernel() -> Kernel | None:
     """torch's own, where it has what is needed; else flash-attn's, where it is installed."""
-    if {"window_size", "scale"} <= _torchs_arguments():  # of its first versions it has not, and is not causal
+    # Of its first versions torch's has not, and is not causal.
+    if {"window_size", "scale"} <= _torchs_arguments() and torch.backends.cuda.is_flash_attention_available():
         return _torchs
     return _flash_attns if importlib.util.find_spec("flash_attn") is not None else None
 
@@ -113,7 +114,11 @@ def _flash_attns(query: Tensor, key: Tensor, value: Tensor, rows: Rows) -> Tenso
     from flash_attn import flash_attn_varlen_func
 
     out: Any = flash_attn_varlen_func(
-        *_laid_out(query, key, value, rows), softmax_scale=rows.scaling, causal=True, window_size=rows.left_right
+        *_laid_out(query, key, value, rows),
+        softmax_scale=rows.scaling,
+        causal=True,
+        window_size=rows.left_right,
+        deterministic=torch.are_deterministic_algorithms_enabled(),  # torch's own looks for itself
     )
     return out  # type: ignore[no-any-return]
 

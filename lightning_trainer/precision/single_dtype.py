@@ -99,7 +99,7 @@ class SingleDtypePrecision(Precision):
             return
         factor = (clip_val / (self.grad_norm + 1e-6)).clamp(max=1.0)
         for same in grads:
-            torch._foreach_mul_(same, factor)  # a fp32 factor: rounded to bf16 it would miss the limit by 0.2 %
+            _scale(same, factor)
 
     def optimizer_step(  # type: ignore[override]
         self, optimizer: Optimizer, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
@@ -165,6 +165,15 @@ def _norm(grads: list[list[Tensor]]) -> Tensor:
     return total
 
 
+def _scale(grads: list[Tensor], factor: Tensor) -> None:
+    """Multiply by a fp32 scalar as it is: rounded to bf16 it would miss the limit by 0.2 %."""
+    if factor.device.type == "cpu" or grads[0].dtype == torch.float32:
+        torch._foreach_mul_(grads, factor)
+        return
+    for grad in grads:  # a GPU rounds scalars to the dtype of what they multiply, but not what has dimensions
+        grad.mul_(factor.reshape((1,) * grad.dim()) if grad.dim() else factor)
+
+
 def _by_dtype(grads: list[Tensor]) -> list[list[Tensor]]:
     groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for grad in grads:
@@ -177,7 +186,7 @@ def _step_unless(skip: Tensor, optimizer: Optimizer, scale: float) -> None:
     wrapped: Any = getattr(optimizer, "_optimizer", optimizer)
     if getattr(wrapped, "_step_supports_amp_scaling", False):
         wrapped.found_inf = skip.float()
-        wrapped.grad_scale = None if scale == 1.0 else torch.tensor(scale, device=skip.device)
+        wrapped.grad_scale = None if scale == 1.0 else torch.full((), scale, device=skip.device)  # waits for nothing
         try:
             optimizer.step()
         finally:

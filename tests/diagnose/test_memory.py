@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 from lightning_trainer.adapters import LoraSettings, put_in
 from lightning_trainer.diagnose import memory
 from lightning_trainer.model import CompensatedAdamW, CompensatedMuon, attention
-from lightning_trainer.model.loss import CHUNK, nats_chunked, nats_from_logits
+from lightning_trainer.model.loss import CPU_CHUNK, nats_chunked, nats_from_logits
 
 TOKENS = 256
 SHAPE = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -156,7 +156,7 @@ def _peak(step: Callable[[], None]) -> int:
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("loss", ["full", "chunked"])
 def test_the_loss_takes_what_the_allocator_sees(loss: Any, frozen: bool) -> None:
-    rows, hidden, trained = 8192, 128, 2 * CHUNK
+    rows, hidden, trained = 8192, 128, 2 * CPU_CHUNK
     weight = torch.zeros(rows, hidden, requires_grad=not frozen)
     states = torch.zeros(trained, hidden, requires_grad=True)
     targets = torch.zeros(trained, dtype=torch.int64)
@@ -168,7 +168,7 @@ def test_the_loss_takes_what_the_allocator_sees(loss: Any, frozen: bool) -> None
             nats_chunked(states, weight, None, targets).backward()
 
     step()  # gradients are there from here on, and counted elsewhere
-    estimated = memory.loss_bytes(loss, hidden, rows, tokens=trained, trained=trained, itemsize=4, frozen=frozen)
+    estimated = memory.loss_bytes(loss, hidden, rows, trained, trained, itemsize=4, frozen=frozen, chunk=CPU_CHUNK)
     assert estimated == pytest.approx(_peak(step), rel=0.1)
 
 

@@ -127,6 +127,18 @@ def test_previews_do_not_change_training_by_one_bit(job: Job, tmp_path: Path, we
     assert same(weights(without / "checkpoints/last.ckpt"), weights(with_previews / "checkpoints/last.ckpt"))
 
 
+def test_a_full_gpu_is_told_of_in_words(job: Job, disturbed: Any, capsys: Any) -> None:
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
+
+    disturbed(_Disturb(3, full))
+    assert fit(job()) == 1
+    told = capsys.readouterr().err
+    assert "error: the GPU has no memory left: CUDA out of memory. Tried to allocate 2.00 GiB.\n" in told
+    assert "model.gradient_checkpointing" in told
+    assert "Traceback" not in told
+
+
 def test_resume_after_faults_and_signals_is_bit_identical(
     job: Job, tmp_path: Path, disturbed: Any, monkeypatch: pytest.MonkeyPatch, scalars: Scalars, weights: Any
 ) -> None:

@@ -121,6 +121,12 @@ def test_what_sdpa_cannot_do_is_refused_by_name(name: str, changes: dict[str, An
         packed_logits(model, examples())
 
 
+def test_the_positions_are_not_read_for_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers looks into them on the host, where it makes a mask: a wait for the device in every forward."""
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda *_: pytest.fail("read"))
+    packed_logits(build("Qwen3"), examples())
+
+
 def test_calls_that_are_not_packed_rows_are_refused() -> None:
     q = torch.zeros(1, 2, 4, 8)
     mask = torch.zeros(1, 1, 4, 4)

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lightning_trainer import pretrained
+from lightning_trainer.adapters import LoraSettings
 from lightning_trainer.data.collate import Collator
 from lightning_trainer.data.sampler import Layout, plan_epoch
 from lightning_trainer.model import CausalLMModule, WarmupConstant, attention
@@ -274,6 +275,16 @@ def test_packed_training_takes_our_attention_and_padded_sdpa(tmp_path: Path, tin
     for packing, want in ((True, attention.PACKED), (False, "sdpa")):
         module, _ = fit(tmp_path, tiny_model_dir, Planned(token_rows(2), [[[0, 1]]], packing), 1)
         assert module.model.config._attn_implementation == want
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=2)])
+def test_the_model_is_made_on_the_host(tmp_path: Path, tiny_model_dir: Path, lora: LoraSettings | None) -> None:
+    """Lightning calls this within the device's context, for which `meta` stands here."""
+    module = CausalLMModule(str(tiny_model_dir), lora=lora)
+    module.trainer = make_trainer(tmp_path)
+    with torch.device("meta"):
+        module.configure_model()
+    assert {tensor.device.type for tensor in (*module.parameters(), *module.causal_lm.buffers())} == {"cpu"}
 
 
 @pytest.fixture

@@ -73,6 +73,15 @@ def test_a_mask_that_turns_the_detection_of_packed_rows_off_is_found() -> None:
         probe.refuse_leaks(model)
 
 
+def test_a_full_gpu_is_not_taken_for_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(probe, "packing_leak", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        probe.refuse_leaks(build("Qwen3"))
+
+
 @pytest.mark.parametrize("name", ["Gemma2", "GptOss"])
 def test_models_our_attention_refuses_are_named_with_the_way_out(name: str) -> None:
     with pytest.raises(InputError, match=rf"{name}.* cannot take packed rows: .*`data\.packing: false`"):

@@ -60,9 +60,11 @@ class Book:
         return by_the_book(q, k, v, cu_q, scale, window_size)
 
     def flash(self, q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, *, softmax_scale: Any = None,
-              causal: bool = False, window_size: Any = (-1, -1)) -> torch.Tensor:  # fmt: skip
+              causal: bool = False, window_size: Any = (-1, -1),
+              deterministic: bool = False) -> torch.Tensor:  # fmt: skip
         self.calls += 1
         assert causal
+        assert deterministic == torch.are_deterministic_algorithms_enabled()
         return by_the_book(q, k, v, cu_q, softmax_scale, (window_size[0], 0))
 
 
@@ -78,6 +80,7 @@ def kernel(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Book]:
     else:
         stand_in = getattr(book, request.param)
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
+        monkeypatch.setattr("torch.backends.cuda.is_flash_attention_available", lambda: True)
     for cached in (varlen._kernel, varlen._torchs_arguments):
         getattr(cached, "cache_clear", lambda: None)()
     monkeypatch.setattr(varlen, "kernel_for", lambda *_: varlen._kernel())
@@ -104,9 +107,25 @@ def test_it_is_asked_for_what_sdpa_gives_row_by_row(
     assert kernel.calls == 1
 
 
+@pytest.mark.parametrize("kernel", ["flash"], indirect=True)
+def test_a_run_that_is_to_be_deterministic_says_so_to_flash_attn(kernel: Any) -> None:
+    q, k, v = torch.randn(3, 1, 4, sum(LENGTHS), 8)
+    rows = attention.packed_arguments(LENGTHS, torch.device("cpu"))
+    torch.use_deterministic_algorithms(True)
+    try:
+        attention.packed_attention(torch.nn.Module(), q, k, v, None, **rows)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert kernel.calls == 1
+
+
 @pytest.fixture
-def ampere(monkeypatch: pytest.MonkeyPatch) -> None:
+def ampere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(varlen, "_capability", lambda device: (8, 6))
+    monkeypatch.setattr("torch.backends.cuda.is_flash_attention_available", lambda: True)
+    varlen._kernel.cache_clear()
+    yield
+    varlen._kernel.cache_clear()
 
 
 class OnGpu:
@@ -139,12 +158,12 @@ def test_it_does_not_serve_devices_before_ampere(monkeypatch: pytest.MonkeyPatch
     assert varlen.kernel_for(OnGpu(), OnGpu(), 0.0) is None  # type: ignore[arg-type]
 
 
-def test_it_does_not_serve_a_run_that_is_to_be_deterministic(ampere: None) -> None:
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert varlen.kernel_for(OnGpu(), OnGpu(), 0.0) is None  # type: ignore[arg-type]
-    finally:
-        torch.use_deterministic_algorithms(False)
+def test_a_build_without_flash_attention_has_none_of_torchs(ampere: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.backends.cuda.is_flash_attention_available", lambda: False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    varlen._kernel.cache_clear()
+    assert varlen.kernel_for(OnGpu(), OnGpu(), 0.0) is None  # type: ignore[arg-type]
+    varlen._kernel.cache_clear()
 
 
 def test_without_torchs_and_without_flash_attn_there_is_none(ampere: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,6 +158,19 @@ def test_clipping_by_norm_is_torchs(limit: float) -> None:
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))],
+)
+def test_the_factor_of_clipping_is_not_rounded_to_the_gradients_dtype(device: str) -> None:
+    param = nn.Parameter(torch.zeros(1000, 3, device=device, dtype=torch.bfloat16))
+    param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(0)).to(param)
+    grad, limit = param.grad.float(), 0.7
+    factor = limit / (torch.linalg.vector_norm(grad) + 1e-6)
+    SingleDtypePrecision("bf16-true").clip_gradients(torch.optim.SGD([param], lr=1.0), limit)
+    assert torch.equal(param.grad, (grad * factor).bfloat16())
+
+
 def test_clipping_by_value() -> None:
     param = nn.Parameter(torch.zeros(3))
     param.grad = torch.tensor([-2.0, 0.5, 9.0])

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 from workload import TokenRows
 
 from lightning_trainer.data.sampler import Layout, plan_epoch
@@ -85,7 +85,6 @@ def within_examples(
 def load_model(folder: Path) -> Any:
     """The model with that attention, in fp32."""
     AttentionInterface.register("within_examples", within_examples)
-    AttentionMaskInterface.register("within_examples", lambda *_, **__: None)
     model = AutoModelForCausalLM.from_pretrained(
         str(folder), dtype=torch.float32, attn_implementation="within_examples"
     )
