@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
-import numpy as np
-
 from lightning_trainer.data.encode import LossOn
 from lightning_trainer.data.render import Conversation
 from lightning_trainer.data.rows import BadRow, RawRow, Source, read
@@ -56,9 +54,16 @@ def place_of(identity: int, seed: int) -> int:
 def validation_bound(files: list[Source], seed: int, fraction: float, max_rows: int) -> int:
     """Rows whose place lies below this are the validation split: `fraction` of them, at most `max_rows`."""
     rows = (row for source in files for row in read(source) if isinstance(row, RawRow))
-    places = np.unique(np.fromiter((place_of(row.identity, seed) for row in rows), dtype=np.uint64))
     bound = int(fraction * 2**64)
-    return min(bound, int(places[max_rows])) if len(places) > max_rows else bound
+    lowest: set[int] = set()  # of many millions of places those that still count
+    for row in rows:
+        place = place_of(row.identity, seed)
+        if place < bound:
+            lowest.add(place)
+        if len(lowest) > 2 * max_rows + 2:
+            lowest = set(sorted(lowest)[: max_rows + 1])
+            bound = max(lowest)
+    return sorted(lowest)[max_rows] if len(lowest) > max_rows else bound
 
 
 def remembered_bound(folder: Path, files: list[Source], seed: int, fraction: float, max_rows: int, keep: bool) -> int:
