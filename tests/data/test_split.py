@@ -12,7 +12,7 @@ from lightning_trainer.data.rows import RawRow
 
 
 @given(
-    places=st.lists(st.integers(0, 200).map(lambda n: n << 55), max_size=120),
+    places=st.lists(st.integers(0, 255).map(lambda n: n << 56), max_size=120),
     fraction=st.sampled_from([0.0, 0.1, 0.5, 0.9]),
     max_rows=st.integers(0, 9),
 )
