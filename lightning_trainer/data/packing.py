@@ -9,6 +9,7 @@ looked up a block at a time: numpy widens a whole index to 64 bits before it use
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,43 +75,41 @@ def best_fit(lengths: Ints, capacity: int, examples: Ints, shuffle: np.random.Ge
     """
     if not len(examples):
         return one_per_row(examples)
-    keys = _look_up(lengths, examples)
-    if keys.max() > capacity or keys.min() < 1:
-        raise ValueError(f"lengths lie between {keys.min()} and {keys.max()}; a row takes 1 to {capacity} tokens")
-    np.subtract(capacity, keys, out=keys)  # the longest first
-    tagged = _sorted(keys, np.arange(len(keys), dtype=np.int32))
-    del keys
-    first = np.searchsorted(tagged, np.arange(capacity + 1) << 32)
-    tagged &= LOW
-    by_length = tagged.astype(np.int32)
-    del tagged
-    row_of, opened = _assign(first, len(examples), capacity)
-    if shuffle is not None:
-        places = np.arange(opened, dtype=np.int32)
-        shuffle.shuffle(places)
-        row_of = _look_up(places, row_of)
-    tagged = _sorted(row_of, by_length)
-    del row_of, by_length
+    # One number for each example, sorted in place: what it is sorted by above, its place in `examples` below.
+    tagged = np.arange(len(examples))
+    _tag(tagged, lambda block: _room_left(capacity, lengths[examples[block]]))
+    tagged.sort()
+    opened = _tag_with_rows(tagged, capacity, shuffle)
+    tagged.sort()
     starts = np.searchsorted(tagged, np.arange(opened + 1) << 32).astype(np.int32)
     tagged &= LOW
     return Rows(examples[tagged], starts)
 
 
-def _look_up(values: Ints, index: Ints) -> Ints:
-    """`values[index]`, a block at a time."""
-    found = np.empty(len(index), dtype=values.dtype)
-    for first in range(0, len(index), BLOCK):
-        found[first : first + BLOCK] = values[index[first : first + BLOCK]]
-    return found
+def _room_left(capacity: int, lengths: Ints) -> Ints:
+    """Of a row with one of these examples; the longest come first where it is sorted."""
+    if lengths.max() > capacity or lengths.min() < 1:
+        raise ValueError(f"lengths lie between {lengths.min()} and {lengths.max()}; a row takes 1 to {capacity} tokens")
+    return capacity - lengths
 
 
-def _sorted(keys: Ints, tags: Ints) -> npt.NDArray[np.int64]:
-    """`key << 32 | tag` of each pair, in ascending order: half the memory of a stable argsort, and sorted in place."""
-    pairs = keys.astype(np.int64)
-    pairs <<= 32
-    pairs |= tags
-    pairs.sort()
-    return pairs
+def _tag_with_rows(tagged: npt.NDArray[np.int64], capacity: int, shuffle: np.random.Generator | None) -> int:
+    """Instead of with the room that each example leaves, by which they are sorted; how many rows there are."""
+    first = np.searchsorted(tagged, np.arange(capacity + 1) << 32)
+    tagged &= LOW
+    row_of, opened = _assign(first, len(tagged), capacity)
+    places = np.arange(opened, dtype=np.int32)
+    if shuffle is not None:
+        shuffle.shuffle(places)
+    _tag(tagged, lambda block: places[row_of[block]])
+    return opened
+
+
+def _tag(numbers: npt.NDArray[np.int64], above: Callable[[slice], Ints]) -> None:
+    """Put above the low 32 bits of the numbers, which lie below 2**32, what they are to be sorted by."""
+    for first in range(0, len(numbers), BLOCK):
+        block = slice(first, first + BLOCK)
+        numbers[block] |= above(block).astype(np.int64) << 32
 
 
 def _assign(first: Ints, total: int, capacity: int) -> tuple[Ints, int]:
