@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lightning_trainer.compiled import eagerly
 from lightning_trainer.logits_rules import bounded
 from lightning_trainer.types import PROMPTS_PER_BATCH, FinishReason, PreviewRequest, SamplingParams, seed_of_batch
 
@@ -177,6 +177,13 @@ class _Watcher:
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
+def uncompiled() -> AbstractContextManager[Any]:
+    """Within, layers that are compiled compute as if they were not, and nothing is compiled."""
+    if "torch._dynamo" not in sys.modules:  # nor is anything compiled; to import it takes seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
+
+
 @contextmanager
 def quiet(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode without leaving a trace.
@@ -199,7 +206,7 @@ def quiet(model: PreTrainedModel) -> Iterator[None]:
             module.gradient_checkpointing = False
         _set_attention(model, "sdpa" if attn.startswith("lightning_trainer") else attn)
         model.config.use_cache = True
-        with eagerly(model):
+        with uncompiled():
             yield
     finally:
         model.config.use_cache = use_cache

@@ -11,7 +11,6 @@ ROOT = Path(__file__).parents[1] / "lightning_trainer"
 LEVELS = [
     {"types"},
     {
-        "compiled",
         "template",
         "pretrained",
         "adapters",
@@ -36,7 +35,6 @@ WITHOUT_LIGHTNING = {
     "template",
     "pretrained",
     "adapters",
-    "compiled",
     "logits_rules",
     "generation",
     "profiles",

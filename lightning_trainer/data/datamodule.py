@@ -157,6 +157,10 @@ class ChatDataModule(lightning.LightningDataModule):
         collate = self._collator("train")
         return PlannedLoader(collate, self.layout(trainer), trainer.global_rank, self.num_workers, self._pin_memory)
 
+    def first_batch(self) -> Batch:
+        """The first training batch of this rank, wherever the run stands."""
+        return self.train_dataloader().first_batch()
+
     def layout(self, trainer: Any) -> Layout:
         """How a Trainer's training rows are laid out into batches."""
         return Layout(

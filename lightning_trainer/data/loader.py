@@ -10,11 +10,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_trainer.data.collate import Collator
-from lightning_trainer.data.sampler import EpochPlan, Layout, plan_epoch
+from lightning_trainer.data.sampler import PLAN_FORMAT, EpochPlan, Layout, plan_epoch
 from lightning_trainer.types import Batch, InputError
 
 
-class _Planned(Dataset[Batch]):
+class _Batches(Dataset[Batch]):
     """The micro-batches of one epoch, by number."""
 
     def __init__(self, collate: Collator, plan: EpochPlan, rank: int) -> None:
@@ -60,7 +60,7 @@ class PlannedLoader:
 
     def first_batch(self) -> Batch:
         """The first of the first epoch, whatever has been taken since."""
-        return _Planned(self.collate, self.plan(0), self.rank)[0]
+        return _Batches(self.collate, self.plan(0), self.rank)[0]
 
     def __len__(self) -> int:
         """Micro-batches of an epoch as the Trainer counts them, who applies its limit to this number himself."""
@@ -70,7 +70,7 @@ class PlannedLoader:
         if self.position >= len(self.plan(self.epoch)):
             self.epoch, self.position = self.epoch + 1, 0
         plan = self.plan(self.epoch)
-        batches = iter(self._batches(_Planned(self.collate, plan, self.rank)))
+        batches = iter(self._batches(_Batches(self.collate, plan, self.rank)))
         for _ in range(self.position, len(plan)):
             asked = time.perf_counter()
             batch = next(batches)
@@ -78,7 +78,7 @@ class PlannedLoader:
             self.position += 1
             yield batch
 
-    def _batches(self, planned: _Planned) -> Any:
+    def _batches(self, planned: _Batches) -> Any:
         left = range(self.position, len(planned.plan))
         if not self.num_workers and not self.pin_memory:
             return (planned[batch] for batch in left)
@@ -94,7 +94,8 @@ class PlannedLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch will be taken from, and under which layout that is meant."""
-        return {"epoch": self.epoch, "position": self.position, "layout": vars(self.layout)}
+        layout = {**vars(self.layout), "plan_format": PLAN_FORMAT}
+        return {"epoch": self.epoch, "position": self.position, "layout": layout}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved place.
@@ -102,11 +103,11 @@ class PlannedLoader:
         Raises:
             InputError: Batches are laid out otherwise than when the place was saved, so it means other rows now.
         """
-        mine, saved = vars(self.layout), state["layout"]
+        mine, saved = {**vars(self.layout), "plan_format": PLAN_FORMAT}, {"plan_format": 1, **state["layout"]}
         changed = [name for name in mine if name != "limit" and mine[name] != saved.get(name)]
         epoch, position = int(state["epoch"]), int(state["position"])
         store = self.collate.store
-        if changed and position >= len(plan_epoch(store.lengths, store.trained, Layout(**saved), epoch)):
+        if changed and position >= len(plan_epoch(store.lengths, store.trained, _layout(saved), epoch)):
             epoch, position = epoch + 1, 0
         if changed and position:
             both = ", ".join(f"{name} was {saved.get(name)} and is {mine[name]}" for name in changed)
@@ -115,6 +116,10 @@ class PlannedLoader:
                 "values, or start a new run from these weights with model.pretrained: CHECKPOINT"
             )
         self.epoch, self.position = epoch, position
+
+
+def _layout(saved: dict[str, Any]) -> Layout:
+    return Layout(**{name: value for name, value in saved.items() if name != "plan_format"})
 
 
 class ConversationBatches:

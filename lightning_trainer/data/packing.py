@@ -19,7 +19,10 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.signedinteger[Any]]
 
 BLOCK = 1 << 14
+"""Examples that are looked up at once."""
+
 LOW = (1 << 32) - 1
+"""The bits of a tagged number below its tag."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def one_per_row(examples: Ints) -> Rows:
     return Rows(examples, np.arange(len(examples) + 1, dtype=np.int32))
 
 
-def best_fit(lengths: Ints, capacity: int, examples: Ints, shuffle: np.random.Generator | None = None) -> Rows:
+def best_fit(lengths: Ints, capacity: int, examples: Ints, rng: np.random.Generator | None = None) -> Rows:
     """Pack examples into rows of at most `capacity` tokens.
 
     How many rows come out depends on the lengths alone; which of several examples of one length goes where follows
@@ -68,7 +71,7 @@ def best_fit(lengths: Ints, capacity: int, examples: Ints, shuffle: np.random.Ge
         lengths: Tokens of each example, by example index.
         capacity: Most tokens of a row.
         examples: Indices to pack, in the order in which equal lengths are placed.
-        shuffle: Orders the rows; None leaves them as they were opened, the longest examples first.
+        rng: Shuffles the rows; None leaves them as they were opened, the longest examples first.
 
     Raises:
         ValueError: An example is longer than a row, or empty.
@@ -79,7 +82,7 @@ def best_fit(lengths: Ints, capacity: int, examples: Ints, shuffle: np.random.Ge
     tagged = np.arange(len(examples))
     _tag(tagged, lambda block: _room_left(capacity, lengths[examples[block]]))
     tagged.sort()
-    opened = _tag_with_rows(tagged, capacity, shuffle)
+    opened = _tag_with_rows(tagged, capacity, rng)
     tagged.sort()
     starts = np.searchsorted(tagged, np.arange(opened + 1) << 32).astype(np.int32)
     tagged &= LOW
@@ -93,14 +96,14 @@ def _room_left(capacity: int, lengths: Ints) -> Ints:
     return capacity - lengths
 
 
-def _tag_with_rows(tagged: npt.NDArray[np.int64], capacity: int, shuffle: np.random.Generator | None) -> int:
+def _tag_with_rows(tagged: npt.NDArray[np.int64], capacity: int, rng: np.random.Generator | None) -> int:
     """Instead of with the room that each example leaves, by which they are sorted; how many rows there are."""
     first = np.searchsorted(tagged, np.arange(capacity + 1) << 32)
     tagged &= LOW
     row_of, opened = _assign(first, len(tagged), capacity)
     places = np.arange(opened, dtype=np.int32)
-    if shuffle is not None:
-        shuffle.shuffle(places)
+    if rng is not None:
+        rng.shuffle(places)
     _tag(tagged, lambda block: places[row_of[block]])
     return opened
 

@@ -18,6 +18,9 @@ import numpy as np
 
 from lightning_trainer.data.packing import Ints, Rows, best_fit, one_per_row
 
+PLAN_FORMAT = 2
+"""Raised when the same layout is given another order: a run in the middle of an epoch cannot go on in it."""
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 AWAITED_SECONDS = 2.0
 """Event files dated further ahead of the clock than this are not waited for."""
@@ -28,7 +28,13 @@ class RunLogger(TensorBoardLogger):
     def resume_from(self, step: int) -> None:
         """Hide what an earlier attempt logged after this optimizer step; before the first event is written."""
         self._kwargs["purge_step"] = step + 1
-        _await_the_second_after(_newest_event_file(Path(self.log_dir)), self.log_dir)
+
+    @property
+    def experiment(self) -> Any:
+        """TensorBoard's writer; made when it is first asked for, by the first rank."""
+        if self._experiment is None and not getattr(rank_zero_only, "rank", 0):
+            _await_the_second_after(_newest_event_file(Path(self.log_dir)), self.log_dir)
+        return super().experiment
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """Nothing."""

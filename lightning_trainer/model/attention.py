@@ -11,8 +11,7 @@ Shapes: B = 1 row, H query heads, K key/value heads, T tokens of the row, D head
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -167,12 +166,6 @@ def choose(config: PretrainedConfig, packed: bool) -> str | None:
     return PACKED if packed and takes_ours else None
 
 
-@cache
-def _not_compiled() -> Callable[..., Any]:
-    """One for all runs of a process: compiled layers are bound to what they call."""
-    return torch.compiler.disable(packed_attention)  # type: ignore[no-any-return]
-
-
 def register(compiled: bool = False) -> None:
     """Make `PACKED` a name that `attn_implementation` takes.
 
@@ -181,4 +174,4 @@ def register(compiled: bool = False) -> None:
     """
     from transformers import AttentionInterface
 
-    AttentionInterface.register(PACKED, _not_compiled() if compiled else packed_attention)
+    AttentionInterface.register(PACKED, torch.compiler.disable(packed_attention) if compiled else packed_attention)

@@ -45,7 +45,8 @@ class CausalLMModule(lightning.LightningModule):
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
         loss: chunked never holds all logits; full does. The number is the same.
         compile: Compile the layers with torch.compile before the first step, which takes a minute or so and a C++
-            compiler. Only `fit` does; its last bits then depend on the machine's compiler.
+            compiler. Only `fit` does. The last bits then depend on the machine's compiler, and what dropout drops is
+            drawn otherwise.
         lora: Train adapters on the model, which itself stays as it is; null trains all of it. `pretrained` may be
             the directory of such adapters, to go on with them.
         quantization: Keep the frozen model in 4 bits a weight, under `lora`.
@@ -168,10 +169,10 @@ class CausalLMModule(lightning.LightningModule):
         return self.model
 
     def on_fit_start(self) -> None:
-        """Ask the model what it can do, before the first step; say what is trained.
+        """Ask the model what it can do, before the first step; say what is trained; compile it, if it is to be.
 
         Raises:
-            InputError: Packed rows leak, or the plan of batches would not fit what the trainer does.
+            InputError: Packed rows leak, the plan of batches would not fit what the trainer does, torch.compile fails.
         """
         self._refuse_moving_windows()
         if self._packs():
@@ -183,6 +184,20 @@ class CausalLMModule(lightning.LightningModule):
             + (f"{self.lora} on {self.adapter.layers} layers, " if self.adapter is not None else "")
             + f"attention {self.causal_lm.config._attn_implementation}, loss {self.loss_name}"
         )
+        if self.compiles:
+            self._compile()
+
+    def _compile(self) -> None:
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        compilation.start(
+            self.causal_lm, self.nats, parameters, self._first_batch(), validates=self.trainer.enable_validation
+        )
+
+    def _first_batch(self) -> Batch | None:
+        """The first of the run, wherever that stands; None where the model is spread out or the data are not ours."""
+        make: Callable[[], Batch] | None = getattr(getattr(self.trainer, "datamodule", None), "first_batch", None)
+        whole = isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+        return make().to(self.device) if whole and make is not None else None
 
     def on_validation_start(self) -> None:
         """Settle the loss, where no training has."""
@@ -341,7 +356,7 @@ class CausalLMModule(lightning.LightningModule):
         scheduler.fit_to(1 if steps == float("inf") else int(steps))
 
     def on_train_start(self) -> None:
-        """Let what the user writes win over what a checkpoint remembers: rates, betas, decay; compile the layers."""
+        """Let what the user writes win over what a checkpoint remembers: rates, betas, decay."""
         if self._run_dtype() == torch.float16:
             rank_zero_warn("16-true skips steps that overflow and counts them; bf16-true needs no such care")
         optimizer = self.trainer.optimizers[0]
@@ -352,15 +367,6 @@ class CausalLMModule(lightning.LightningModule):
             if isinstance(config.scheduler, StepSchedule):
                 config.scheduler.base_lrs = [group.get("initial_lr", group["lr"]) for group in self._fresh]
                 config.scheduler.apply()
-        if self.compiles:
-            trained = [p for p in self.parameters() if p.requires_grad]
-            compilation.start(self.causal_lm, self.nats, trained, self._first_batch())
-
-    def _first_batch(self) -> Batch | None:
-        """The first of the run, wherever that stands; None where the model is spread out or the loader is not ours."""
-        make: Callable[[], Batch] | None = getattr(self.trainer.train_dataloader, "first_batch", None)
-        whole = isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy)
-        return make().to(self.device) if whole and make is not None else None
 
     def save_pretrained(self, directory: Path) -> None:
         """Write what transformers loads: the model, or the adapters alone (which peft loads too); and the tokenizer."""

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_trainer.compiled import eagerly
 from lightning_trainer.model.attention import PACKED, packed_arguments
 from lightning_trainer.pretrained import embedding_rows
 from lightning_trainer.types import InputError
@@ -94,12 +93,11 @@ def packing_leak(model: PreTrainedModel) -> Separation:
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, nothing compiled; afterwards each module's own flag."""
+    """Evaluation mode; afterwards each module's own flag."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with eagerly(model):
-            yield
+        yield
     finally:
         for module, training in flags:
             module.training = training

@@ -10,7 +10,7 @@ import torch
 
 from lightning_trainer.data.collate import Collator
 from lightning_trainer.data.loader import EvaluationLoader, PlannedLoader
-from lightning_trainer.data.sampler import Layout
+from lightning_trainer.data.sampler import PLAN_FORMAT, Layout
 from lightning_trainer.types import Batch, InputError
 
 
@@ -101,8 +101,29 @@ def test_the_state_is_plain_and_counts_batches_handed_out() -> None:
             "shuffle": True,
             "seed": 5,
             "limit": 1.0,
+            "plan_format": PLAN_FORMAT,
         },
     }
+
+
+def test_a_place_in_an_order_that_is_made_no_more_is_refused() -> None:
+    loader = make_loader()
+    next(iter(loader))
+    state = loader.state_dict()
+    del state["layout"]["plan_format"]  # as it was saved before there was more than one
+    with pytest.raises(InputError, match="plan_format was 1 and is 2"):
+        make_loader().load_state_dict(state)
+    state["position"] = 0
+    make_loader().load_state_dict(state)  # between epochs
+
+
+def test_the_first_batch_is_the_first_of_all_wherever_the_loader_stands() -> None:
+    loader = make_loader()
+    first = next(iter(make_loader()))
+    epochs(loader, 1)
+    next(iter(loader))
+    assert loader.first_batch().row_ids == first.row_ids
+    assert (loader.epoch, loader.position) == (1, 1)
 
 
 def test_epochs_differ_and_each_has_every_row_once() -> None:

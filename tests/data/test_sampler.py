@@ -154,7 +154,7 @@ def test_step_tokens_by_hand(layout: dict[str, Any], expected: list[int]) -> Non
 
 @pytest.mark.parametrize("pack_to", [None, 2048])
 def test_planning_takes_few_bytes_an_example(pack_to: int | None) -> None:
-    """Beyond the two numbers an example has; it was 80 once."""
+    """Beyond the two numbers an example has."""
     lengths = np.random.default_rng(0).integers(1, 400, 200_000, dtype=np.int32)
     tracemalloc.start()
     try:

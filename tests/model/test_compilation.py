@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from lightning_trainer.adapters import LoraSettings, put_in
-from lightning_trainer.compiled import compile_layers, eagerly
-from lightning_trainer.generation import generate
+from lightning_trainer.generation import generate, uncompiled
 from lightning_trainer.model import attention, compilation
+from lightning_trainer.model.compilation import compile_layers
+from lightning_trainer.model.probe import evaluating
 from lightning_trainer.types import InputError, PreviewRequest, SamplingParams
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.compile's own, of torch
@@ -109,7 +110,7 @@ def test_a_model_is_saved_as_it_was(model: Any) -> None:
     equal(copy.deepcopy(model), model, ROWS[1])
 
 
-def test_generation_and_probes_compile_nothing(model: Any, frames: Any) -> None:
+def test_generation_compiles_nothing(model: Any, frames: Any) -> None:
     plain = copy.deepcopy(model)
     compile_layers(model)
     asked = [PreviewRequest((5, 6, 7)), PreviewRequest((8, 9))]
@@ -117,26 +118,55 @@ def test_generation_and_probes_compile_nothing(model: Any, frames: Any) -> None:
         [answer.token_ids for answer in generate(m, asked, SamplingParams(max_new_tokens=6))] for m in (model, plain)
     ]
     assert texts[0] == texts[1]
-    with eagerly(model):
+    with uncompiled():
         gradients(model, ROWS[0])
     assert frames() == 0
     gradients(model, ROWS[0])
     assert frames() >= 2
 
 
-def test_trying_leaves_nothing_behind(model: Any, frames: Any) -> None:
+def nats(model: Any) -> Callable[[Any], torch.Tensor]:
+    """As a loss of a batch; batches are lengths of examples here."""
+
+    def of(lengths: Any) -> torch.Tensor:
+        ids = (torch.arange(sum(lengths)) % model.config.vocab_size)[None]
+        told = attention.packed_arguments(lengths, torch.device("cpu"))
+        return model(input_ids=ids, attention_mask=None, use_cache=False, **told).logits.sum() + torch.rand(())
+
+    return of
+
+
+def test_trying_is_all_the_compiling_there_is(model: Any, frames: Any) -> None:
+    """In training and in validation."""
+    attention.register()
+    compilation.start(model, nats(model), list(model.parameters()), ROWS[0], validates=True)  # type: ignore[arg-type]
+    made = frames()
+    assert made >= 4
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for lengths in ROWS:
+            nats(model)(lengths).backward()
+            with evaluating(model), torch.no_grad():  # as Lightning validates in a fit
+                nats(model)(lengths)
+    assert frames() == made
+
+
+def test_trying_leaves_nothing_behind(model: Any) -> None:
     before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-
-    def nats(batch: Any) -> torch.Tensor:
-        return model(input_ids=batch, attention_mask=None, use_cache=False, **told).logits.sum() + torch.rand(())
-
-    told = attention.packed_arguments((12,), torch.device("cpu"))
-    batch: Any = torch.arange(12)[None]
-    compilation.start(model, nats, list(model.parameters()), batch)
-    assert frames() >= 2
+    compilation.start(model, nats(model), list(model.parameters()), ROWS[0], validates=True)  # type: ignore[arg-type]
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
+    assert model.training
+
+
+def test_a_run_begins_with_nothing_compiled(model: Any, frames: Any) -> None:
+    """torch makes eight versions of a function at most: not eight for all runs of a process."""
+    made = []
+    for _ in range(2):
+        again = copy.deepcopy(model)
+        compilation.start(again, nats(again), list(again.parameters()), ROWS[0], validates=False)  # type: ignore[arg-type]
+        made.append(frames())
+    assert made[1] == 2 * made[0] > 0
 
 
 def test_a_compiler_that_fails_is_named(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,19 +178,13 @@ def test_a_compiler_that_fails_is_named(model: Any, monkeypatch: pytest.MonkeyPa
         "compile",
         lambda self, **_: setattr(self, "_compiled_call_impl", torch.compile(self._call_impl, backend=broken)),
     )
-    told = attention.packed_arguments((12,), torch.device("cpu"))
     with pytest.raises(InputError, match="torch.compile fails here: .*no compiler here.*false") as caught:
-        compilation.start(
-            model,
-            lambda batch: model(input_ids=batch, use_cache=False, **told).logits.sum(),
-            list(model.parameters()),
-            torch.arange(12)[None],  # type: ignore[arg-type]
-        )
+        compilation.start(model, nats(model), list(model.parameters()), (12,), validates=True)  # type: ignore[arg-type]
     assert caught.value.key == "model.compile"
 
 
 def test_a_model_without_layers_is_refused() -> None:
     model: Any = torch.nn.Linear(2, 2)
     with pytest.raises(InputError, match="Linear does not say which of its modules are layers") as caught:
-        compilation.start(model, lambda batch: torch.zeros(()), [], None)
+        compilation.start(model, lambda batch: torch.zeros(()), [], None, validates=False)
     assert caught.value.key == "model.compile"

@@ -21,6 +21,7 @@ from train import MEMORY, RATE
 NAMES = {
     "floor": "bare loop, packed",
     "fit": "lightning-trainer fit",
+    "fit_compiled": "lightning-trainer fit,\ncompiled",
     "fit_previews": "lightning-trainer fit,\nwith previews",
     "trl_packed": "TRL SFTTrainer, packed",
     "trl_padded": "TRL SFTTrainer, padded",

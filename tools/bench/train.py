@@ -46,7 +46,7 @@ class Arm:
     """One way to train.
 
     Args:
-        name: As its script knows it.
+        name: Of its rows; its script knows it without COMPILED.
         script: In arms/.
         steps: Optimizer steps counted.
         quick_steps: The same of a quick run; 0 leaves the arm out.
@@ -72,7 +72,7 @@ class Arm:
 ARMS = (
     Arm("floor", "floor.py", 20, 6, peer=False),
     Arm("fit", "fit.py", 20, 6, peer=False),
-    Arm("fit_compiled", "fit.py", 20, note="model.compile: true", peer=False, words=("--compile",)),
+    Arm(f"fit{COMPILED}", "fit.py", 20, note="model.compile: true", peer=False, words=("--compile",)),
     # One of its previews, which come every 50 steps.
     Arm("fit_previews", "fit.py", 50, note="previews every 50 steps", peer=False),
     Arm("trl_packed", "trl_sft.py", 20, 3, note="bfd, sdpa"),

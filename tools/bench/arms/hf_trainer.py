@@ -1,6 +1,6 @@
 """Arms `hf_padded`, `hf_grouped` and `hf_single`: transformers' Trainer.
 
-A step holds as many chats as hold 2,048 tokens on average: in one batch, drawn at random and padded to the longest, or
+A step holds as many chats as hold its tokens on average: in one batch, drawn at random and padded to the longest, or
 of about one length; or one after the other, each a micro-batch, which pads nothing and suits a CPU, where small
 matrices cost no more than large ones.
 """

@@ -47,8 +47,8 @@ class Shape:
 
     Attributes:
         max_length: Tokens of a packed row, and of an optimizer step.
-        config: Of the model: what is not Qwen3's own default, or is worth saying.
         dtype: Of the weights.
+        config: Of the model: what is not Qwen3's own default, or is worth saying.
     """
 
     max_length: int
