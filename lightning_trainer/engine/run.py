@@ -70,8 +70,9 @@ def known_failures() -> Iterator[None]:
     except (NonFiniteError, CheckpointWriteError, DtypeError, RankFailed) as error:
         raise FailedRun(str(error)) from error
     except torch.OutOfMemoryError as error:
+        said, *_ = str(error).splitlines() or [type(error).__name__]
         raise FailedRun(
-            f"the GPU has no memory left: {str(error).splitlines()[0]}\n"
+            f"the GPU has no memory left: {said}\n"
             "lightning-trainer check says what takes how much; less take a smaller data.batch_size or data.max_length, "
             "model.gradient_checkpointing: true and model.lora"
         ) from error

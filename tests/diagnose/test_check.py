@@ -193,6 +193,13 @@ def test_rows_tokenised_already_are_all_counted(parts: Any, monkeypatch: pytest.
     assert train.read > 5
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_it_says_whether_layers_will_be_compiled(parts: Any, compiled: bool) -> None:
+    report = examine(*parts(model={"compile": compiled}))
+    assert report.facts.model.compiled == compiled
+    assert ("loss chunked, layers compiled\n" in report.as_text()) == compiled
+
+
 def test_the_screen_is_one_and_the_json_is_plain(parts: Any, chat_rows: Any) -> None:
     report = examine(*parts([*chat_rows(30), {"messages": []}, {"neither": "nor"}]))
     lines = report.as_text().splitlines()

@@ -139,6 +139,15 @@ def test_a_full_gpu_is_told_of_in_words(job: Job, disturbed: Any, capsys: Any) -
     assert "Traceback" not in told
 
 
+def test_a_full_gpu_without_a_word_of_its_own(job: Job, disturbed: Any, capsys: Any) -> None:
+    def full() -> None:
+        raise torch.OutOfMemoryError
+
+    disturbed(_Disturb(1, full))
+    assert fit(job()) == 1
+    assert "error: the GPU has no memory left: OutOfMemoryError\n" in capsys.readouterr().err
+
+
 def test_resume_after_faults_and_signals_is_bit_identical(
     job: Job, tmp_path: Path, disturbed: Any, monkeypatch: pytest.MonkeyPatch, scalars: Scalars, weights: Any
 ) -> None:
