@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 
 from lightning_trainer import adapters, pretrained
 from lightning_trainer.model import CausalLMModule, attention
-from lightning_trainer.model.loss import LossName, changed_logits
+from lightning_trainer.model.objective import LossName, changed_logits
 from lightning_trainer.precision import SingleDtypePrecision
 from lightning_trainer.types import InputError
 
@@ -97,7 +97,7 @@ def model_facts(module: CausalLMModule, model: PreTrainedModel, trainer: Trainer
     """What `empty_model` shows."""
     config: Any = model.config.get_text_config()
     trainable, total = pretrained.count_parameters(model)
-    why_full = (changed_logits(model) or "") if module.loss_name == "chunked" else ""
+    why_full = (changed_logits(model) or "") if module.objective.name == "chunked" else ""
     return ModelFacts(
         name=type(model).__name__,
         parameters=total,
@@ -108,7 +108,7 @@ def model_facts(module: CausalLMModule, model: PreTrainedModel, trainer: Trainer
         precision=str(trainer.precision_plugin.precision),
         dtype=str(run_dtype(trainer)).removeprefix("torch."),
         attention=str(config._attn_implementation),
-        loss="full" if why_full else module.loss_name,
+        loss="full" if why_full else module.objective.name,
         why_full=why_full,
         gradient_checkpointing=module.gradient_checkpointing,
         compiled=module.compiles,

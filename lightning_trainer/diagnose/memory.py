@@ -24,8 +24,9 @@ from transformers import PreTrainedModel
 
 from lightning_trainer.adapters import adapted_layers
 from lightning_trainer.model.attention import PACKED
-from lightning_trainer.model.loss import CHUNK, LossName, output_layer
+from lightning_trainer.model.loss import CHUNK, ROWS
 from lightning_trainer.model.muon import CompensatedMuon
+from lightning_trainer.model.objective import LossName, output_layer
 from lightning_trainer.model.optim import BUCKET, CompensatedAdamW
 
 GIB = 1 << 30
@@ -177,18 +178,19 @@ def loss_bytes(
     trained: int,
     itemsize: int,
     frozen: bool = False,
-    chunk: int = CHUNK,
+    at_once: tuple[int, int] = (CHUNK, ROWS),
 ) -> int:
-    """What the loss holds at its peak, besides the activations; on a GPU, unless `chunk` says otherwise.
+    """What the loss holds at its peak, besides the activations; on a GPU, unless `at_once` says otherwise.
 
     `full`: the trained tokens' logits, their fp32 log-softmax and its gradient, NV(s + 8); or, later, the gradient of
-    all logits, TVs + NVs. `chunked`: fp32 logits of a chunk, and rounded ones under 16 bits; the output layer's
-    gradient in fp32, VC4, and under 16 bits a chunk's part of it; that of N hidden states. A frozen output layer has
-    none.
+    all logits, TVs + NVs. `chunked`: logits of a chunk; a few rows' probabilities in fp32, and under 16 bits their
+    logits too; the output layer's gradient in fp32, VC4, and under 16 bits a chunk's part of it; that of N hidden
+    states. A frozen output layer has none.
     """
     if loss == "full":
         return max(trained * rows * (itemsize + 8), (tokens + trained) * rows * itemsize)
-    scratch = min(trained, chunk) * (4 if itemsize == 4 else 4 + itemsize)
+    chunk, few = (min(trained, most) for most in at_once)
+    scratch = chunk * itemsize + few * (4 if itemsize == 4 else 8)
     layer = 0 if frozen else rows * hidden * (4 + (itemsize if itemsize < 4 else 0))
     return scratch * rows + layer + trained * hidden * itemsize
 

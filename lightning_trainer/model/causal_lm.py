@@ -20,8 +20,9 @@ from lightning_trainer import adapters
 from lightning_trainer import pretrained as hub
 from lightning_trainer.adapters import LoraSettings
 from lightning_trainer.lock import Lock, check_model, facts_of_model
-from lightning_trainer.model import attention, compilation, loss, probe
+from lightning_trainer.model import attention, compilation, probe
 from lightning_trainer.model.muon import CompensatedMuon, outer_matrices
+from lightning_trainer.model.objective import LossName, Objective
 from lightning_trainer.model.optim import CompensatedAdamW
 from lightning_trainer.model.optimizer_check import check_optimizer
 from lightning_trainer.model.schedule import StepSchedule, WarmupCosine
@@ -67,7 +68,7 @@ class CausalLMModule(lightning.LightningModule):
         tokenizer: str | None = None,
         attn_implementation: str = "auto",
         gradient_checkpointing: bool = False,
-        loss: loss.LossName = "chunked",
+        loss: LossName = "chunked",
         compile: bool = False,
         lora: LoraSettings | None = None,
         quantization: QuantizationSettings | None = None,
@@ -78,7 +79,7 @@ class CausalLMModule(lightning.LightningModule):
         super().__init__()
         self.pretrained, self.from_scratch, self.tokenizer_name = pretrained, from_scratch, tokenizer
         self.attn_implementation, self.gradient_checkpointing = attn_implementation, gradient_checkpointing
-        self.loss_name, self.compiles = loss, compile
+        self.objective, self.compiles = Objective(loss), compile
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self.locked = locked
         self.lora, self.quantization = lora, quantization
@@ -88,7 +89,6 @@ class CausalLMModule(lightning.LightningModule):
         self.model: PreTrainedModel | None = None
         self.adapter: adapters.Adapter | None = None
         self.step_nats = torch.zeros(())
-        self._settled = False
         self._evaluated: list[tuple[Tensor, Tensor, int]] = []
 
     @cached_property
@@ -177,12 +177,12 @@ class CausalLMModule(lightning.LightningModule):
         self._refuse_moving_windows()
         if self._packs():
             probe.refuse_leaks(self.causal_lm)
-        self._settle_loss()
+        self.objective.settle(self.causal_lm)
         trained, total = hub.count_parameters(self.causal_lm)
         rank_zero_info(
             f"{type(self.causal_lm).__name__}: {trained:,} of {total:,} parameters trained, "
             + (f"{self.lora} on {self.adapter.layers} layers, " if self.adapter is not None else "")
-            + f"attention {self.causal_lm.config._attn_implementation}, loss {self.loss_name}"
+            + f"attention {self.causal_lm.config._attn_implementation}, loss {self.objective.name}"
         )
         if self.compiles:
             self._compile()
@@ -201,19 +201,11 @@ class CausalLMModule(lightning.LightningModule):
 
     def on_validation_start(self) -> None:
         """Settle the loss, where no training has."""
-        self._settle_loss()
+        self.objective.settle(self.causal_lm)
 
     def on_test_start(self) -> None:
         """Settle the loss, where no training has."""
-        self._settle_loss()
-
-    def _settle_loss(self) -> None:
-        if self.loss_name == "chunked" and not self._settled:
-            why = loss.why_not_chunked(self.causal_lm)
-            if why is not None:
-                rank_zero_warn(f"model.loss: {type(self.causal_lm).__name__} takes full instead of chunked: {why}")
-                self.loss_name = "full"
-        self._settled = True
+        self.objective.settle(self.causal_lm)
 
     def _refuse_moving_windows(self) -> None:
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
@@ -251,16 +243,7 @@ class CausalLMModule(lightning.LightningModule):
         Args:
             expected: What its gradient will be, about.
         """
-        if self.loss_name == "full":
-            logits = self(batch).flatten(0, 1)[batch.predict_at]
-            return loss.nats_from_logits(logits, batch.targets)
-        head = loss.output_layer(self.causal_lm)
-        return loss.nats_chunked(self._hidden(batch), head.weight, head.bias, batch.targets, expected)
-
-    def _hidden(self, batch: Batch) -> Tensor:
-        """(N, C) hidden states that predict the trained tokens."""
-        hidden: Tensor = self.causal_lm.base_model(**self._inputs(batch)).last_hidden_state
-        return hidden.flatten(0, 1)[batch.predict_at]
+        return self.objective.nats(self.causal_lm, self._inputs(batch), batch, expected)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Nats over the trained tokens of the whole optimizer step.
@@ -277,18 +260,12 @@ class CausalLMModule(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add up nats and right guesses of one batch."""
-        self._evaluated.append((*self._evaluate(batch), len(batch.targets)))
+        found = self.objective.evaluate(self.causal_lm, self._inputs(batch), batch)
+        self._evaluated.append((*found, len(batch.targets)))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """The same on the test split."""
         self.validation_step(batch, batch_idx)
-
-    def _evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        if self.loss_name == "full":
-            logits = self(batch).flatten(0, 1)[batch.predict_at]
-            return loss.nats_from_logits(logits, batch.targets), (logits.argmax(-1) == batch.targets).sum()
-        head = loss.output_layer(self.causal_lm)
-        return loss.evaluate_tokens(self._hidden(batch), head.weight, head.bias, batch.targets)
 
     def on_validation_epoch_end(self) -> None:
         """Log val/loss, val/perplexity and val/token_accuracy over all ranks."""

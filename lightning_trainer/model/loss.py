@@ -1,90 +1,32 @@
 """Cross entropy over the trained tokens: the sum of nats, in fp32.
 
-Two ways to the same number. `full` lets the model make its logits. `chunked` takes the hidden states of the trained
-tokens to the output layer a chunk at a time and makes the gradients while the chunk's logits are there, so the (tokens,
-vocabulary) logits never exist; it knows hidden states and one matrix only: a model that does more to its logits takes
-`full`.
+Two ways to the same number: from all logits, or from hidden states, which go to the output layer a chunk at a time.
+The gradients are made while a chunk's logits are there, so the (tokens, vocabulary) logits never exist.
 
 Shapes: N trained tokens, C hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from lightning_trainer.model.probe import evaluating, packed_inputs
-from lightning_trainer.pretrained import embedding_rows
-
-LossName = Literal["chunked", "full"]
-
-CHUNK, CPU_CHUNK = 512, 128
-"""Tokens whose logits exist at once: 128 x 151,936 of them are 78 MB in fp32.
+CHUNK, CPU_CHUNK = 512, 256
+"""Tokens whose logits exist at once: 256 x 151,936 of them are 156 MB in fp32.
 
 On a GPU each chunk reads the output layer twice and its gradient's total once, whatever its tokens are: with fewer it
-would wait for memory. On a CPU fewer make slow matrix products, and more wait for memory.
+would wait for memory. On a CPU fewer make slow matrix products, and more wait for fresh memory.
 """
 
-CACHED_ROWS = 4
-"""Of logits: 2.4 MB at a vocabulary of 151,936."""
+ROWS, CPU_ROWS = 128, 4
+"""Tokens whose probabilities exist at once, in fp32: 78 MB at a vocabulary of 151,936; 2.4 MB, which caches hold."""
 
 STRETCH = 1 << 22
 """Numbers that are added at once where that takes a copy of them."""
-
-TRANSFORMS = (
-    "final_logit_softcapping",
-    "logits_soft_cap",
-    "output_logit_soft_cap",
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-)
-"""Names by which configurations say that logits are changed; a soft-cap does not show at small logits."""
-
-
-def why_not_chunked(model: PreTrainedModel) -> str | None:
-    """Why `chunked` would not be this model's loss, or None where it is.
-
-    Besides the names we know, the model itself is asked: its logits for a few tokens must be its output layer applied
-    to its hidden states.
-    """
-    said = changed_logits(model)
-    if said is not None:
-        return said
-    head = output_layer(model)
-    inputs = packed_inputs(model, [torch.arange(8) * 7 % embedding_rows(model)])
-    with evaluating(model), torch.no_grad():
-        hidden = getattr(model.base_model(**inputs), "last_hidden_state", None)
-        if hidden is None:
-            return f"{type(model.base_model).__name__} gives no hidden states"
-        logits, made = model(**inputs).logits.float(), head(hidden).float()
-    if logits.shape != made.shape or not (logits - made).abs().max() <= 1e-3 * logits.abs().max():
-        return "its logits are not its output layer applied to its hidden states"
-    return None
-
-
-def output_layer(model: PreTrainedModel) -> Any:
-    """The layer that makes the logits; its trained copy, where peft keeps one (model.lora.modules_to_save)."""
-    head: Any = model.get_output_embeddings()
-    copies: Any = getattr(head, "modules_to_save", None)
-    return head if copies is None else next(iter(copies.values()))
-
-
-def changed_logits(model: PreTrainedModel) -> str | None:
-    """What its class and configuration alone say against `chunked`, or None; no weight is looked at."""
-    head = output_layer(model)
-    if hasattr(head, "base_layer"):
-        return "its output layer has an adapter"
-    if not isinstance(head, torch.nn.Linear):
-        return f"its output layer is {type(head).__name__}, not Linear"
-    config = model.config.get_text_config()
-    changed = [name for name in TRANSFORMS if getattr(config, name, None) not in (None, 1, 1.0)]
-    return f"it changes its logits ({changed[0]}={getattr(config, changed[0])})" if changed else None
 
 
 def nats_from_logits(logits: Tensor, targets: Tensor) -> Tensor:
@@ -101,7 +43,35 @@ def nats_from_logits(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
-def nats_chunked(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, expected: float = 1.0) -> Tensor:
+class ChunkMemory:
+    """For the logits of a chunk; a CPU's is kept, as a GPU's allocator keeps its own.
+
+    Fresh pages cost as much as a matrix product.
+    """
+
+    def __init__(self) -> None:
+        self._kept: Tensor | None = None
+
+    def rows(self, wanted: int, weight: Tensor) -> Tensor:
+        """(wanted, V) of the weight's dtype and device, with any numbers in it."""
+        kept = self._kept
+        if kept is not None and len(kept) >= wanted and kept.shape[1] == len(weight) and kept.dtype == weight.dtype:
+            return kept[:wanted]
+        with torch.inference_mode(False):  # what validation makes, training writes to
+            made = weight.new_empty(wanted, len(weight))
+        if made.device.type == "cpu":
+            self._kept = made
+        return made
+
+
+def nats_chunked(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    expected: float = 1.0,
+    memory: ChunkMemory | None = None,
+) -> Tensor:
     """Sum of nats without ever holding all logits.
 
     Args:
@@ -110,11 +80,13 @@ def nats_chunked(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: T
         bias: (V,) or None.
         targets: (N,) int64.
         expected: What the sum's own gradient will be, about: then gradients are rounded once, at their final size.
+        memory: To use; None makes some.
 
     Returns:
         fp32 scalar; 0, with a gradient of zero, where N is 0.
     """
-    nats: Tensor = _Chunked.apply(hidden, weight, bias, targets, expected)  # type: ignore[no-untyped-call]
+    memory = memory or ChunkMemory()
+    nats: Tensor = _Chunked.apply(hidden, weight, bias, targets, expected, memory)  # type: ignore[no-untyped-call]
     return nats
 
 
@@ -132,18 +104,26 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, expected: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        expected: float,
+        memory: ChunkMemory,
     ) -> Tensor:
         ctx.expected = expected
         sums = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
         chunk = chunk_on(hidden.device)
-        nats, scratch = torch.zeros((), device=hidden.device), _Scratch(min(chunk, len(targets)), weight)
+        nats, rows = torch.zeros((), device=hidden.device), memory.rows(min(chunk, len(hidden)), weight)
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
-            logits = scratch.logits(hidden[part], weight, bias)
-            nats += gradients_(logits, targets[part]) if sums.any else exponentials_(logits, targets[part])[0]
+            logits = logits_into(rows, hidden[part], weight, bias)
             if sums.any:
-                sums.add(part, scratch.rounded(logits), logits, expected)
+                nats += gradients_(logits, targets[part])
+                sums.add(part, logits, expected)
+            else:
+                nats += evaluate(logits, targets[part])[0]
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.save_for_backward(sums.hidden, sums.weight, sums.bias)
         return nats
@@ -156,28 +136,13 @@ class _Chunked(torch.autograd.Function):
             None if grad is None else grad.mul_(factor).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *grads, None, None
+        return *grads, None, None, None
 
 
-class _Scratch:
-    """Memory for one chunk, used again for the next: fresh pages cost as much as a matrix product."""
-
-    def __init__(self, tokens: int, weight: Tensor) -> None:
-        self._made = weight.new_empty(tokens, len(weight))
-        self._is_exact = weight.dtype == torch.float32
-        self._wide = self._made if self._is_exact else torch.empty_like(self._made, dtype=torch.float32)
-
-    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """(n, V) fp32."""
-        made = self._made[: len(hidden)]
-        torch.mm(hidden, weight.T, out=made)
-        if bias is not None:
-            made += bias
-        return made if self._is_exact else self._wide[: len(hidden)].copy_(made)
-
-    def rounded(self, logits: Tensor) -> Tensor:
-        """In the weight's dtype."""
-        return logits if self._is_exact else self._made[: len(logits)].copy_(logits)
+def logits_into(rows: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(n, V) logits, in the first of the rows."""
+    logits = torch.mm(hidden, weight.T, out=rows[: len(hidden)])
+    return logits if bias is None else logits.add_(bias)
 
 
 class _Gradients:
@@ -195,28 +160,27 @@ class _Gradients:
             self._product = torch.empty_like(weight)
         self.any = any(needs[:3])
 
-    def add(self, part: slice, rounded: Tensor, exact: Tensor, scale: float) -> None:
+    def add(self, part: slice, logits: Tensor, scale: float) -> None:
         """A chunk's.
 
         Args:
             part: Its tokens.
-            rounded: (n, V) gradient of its logits, in their dtype.
-            exact: The same in fp32.
+            logits: (n, V) gradients of their logits.
             scale: On all of them.
         """
         if self.hidden is not None:
-            torch.addmm(self.hidden[part], rounded, self._layer, beta=0, alpha=scale, out=self.hidden[part])
+            torch.addmm(self.hidden[part], logits, self._layer, beta=0, alpha=scale, out=self.hidden[part])
         if self.weight is not None:
             keep = 0.0 if part.start == 0 else 1.0
             if self._product is None:
-                self.weight.addmm_(rounded.T, self._inputs[part], beta=keep, alpha=scale)
+                self.weight.addmm_(logits.T, self._inputs[part], beta=keep, alpha=scale)
             else:
                 product = torch.addmm(
-                    self._product, rounded.T, self._inputs[part], beta=0, alpha=scale, out=self._product
+                    self._product, logits.T, self._inputs[part], beta=0, alpha=scale, out=self._product
                 )
                 _add_(self.weight, product, keep)
         if self.bias is not None:
-            self.bias.add_(exact.sum(0), alpha=scale)
+            self.bias.add_(logits.sum(0, dtype=torch.float32), alpha=scale)
 
 
 def _add_(total: Tensor, product: Tensor, keep: float) -> None:
@@ -231,50 +195,69 @@ def _add_(total: Tensor, product: Tensor, keep: float) -> None:
 
 
 def gradients_(logits: Tensor, targets: Tensor) -> Tensor:
-    """Make gradients of the nats out of logits, in place; a few rows at a time on a CPU, where its caches hold them.
+    """Make gradients of the nats out of logits, in place, rounded once.
 
     Args:
-        logits: (n, V) fp32.
+        logits: (n, V), of any float dtype.
         targets: (n,) int64.
 
     Returns:
         Sum of nats of the targets, a fp32 scalar.
     """
-    rows = CACHED_ROWS if logits.device.type == "cpu" else len(logits)
-    nats = torch.zeros((), device=logits.device)
-    for some, wanted in zip(logits.split(rows), targets.split(rows), strict=True):
-        added, total = exponentials_(some, wanted)
-        nats += added
-        some.div_(total).scatter_add_(1, wanted[:, None], some.new_full((len(some), 1), -1.0))
+    nats, few = torch.zeros((), device=logits.device), _FewRows(logits)
+    for some, wanted in few.of(logits, targets):
+        more, probabilities = few.softmax(some, wanted)
+        nats += more
+        some.copy_(probabilities.scatter_add_(1, wanted[:, None], probabilities.new_full((len(some), 1), -1.0)))
     return nats
 
 
-def exponentials_(logits: Tensor, targets: Tensor, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Make exponentials of logits, in place; divided by their sums they are probabilities.
-
-    Args:
-        logits: (n, V) fp32.
-        targets: (n,) int64.
-        largest: (n, 1) of each row, where that is known already.
-
-    Returns:
-        (sum of nats of the targets, a fp32 scalar; (n, 1) the sums).
-    """
-    largest = logits.amax(-1, keepdim=True) if largest is None else largest
-    wanted = logits.gather(-1, targets[:, None]) - largest
-    total = logits.sub_(largest).exp_().sum(-1, keepdim=True)
-    return (total.log() - wanted).sum(), total
-
-
 @torch.no_grad()
-def evaluate_tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of nats (fp32) and count of tokens guessed right (int64), a chunk of logits at a time."""
+def evaluate_chunked(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, memory: ChunkMemory | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sum of nats (fp32) and count of tokens guessed right (int64); arguments as of `nats_chunked`."""
     nats, right = torch.zeros((), device=hidden.device), torch.zeros((), dtype=torch.int64, device=hidden.device)
     chunk = chunk_on(hidden.device)
-    scratch = _Scratch(min(chunk, len(targets)), weight)
+    rows = (memory or ChunkMemory()).rows(min(chunk, len(hidden)), weight)
     for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-        logits = scratch.logits(h, weight, bias)
-        largest, guess = logits.max(-1, keepdim=True)
-        right += (guess[:, 0] == t).sum()
-        nats += exponentials_(logits, t, largest)[0]
+        more_nats, more_right = evaluate(logits_into(rows, h, weight, bias), t)
+        nats += more_nats
+        right += more_right
     return nats, right
+
+
+def evaluate(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of nats (fp32) and count of tokens guessed right (int64).
+
+    Args:
+        logits: (n, V), of any float dtype.
+        targets: (n,) int64.
+    """
+    nats, right = torch.zeros((), device=logits.device), torch.zeros((), dtype=torch.int64, device=logits.device)
+    few = _FewRows(logits)
+    for some, wanted in few.of(logits, targets):
+        nats += few.softmax(some, wanted)[0]
+        right += (some.max(-1).indices == wanted).sum()
+    return nats, right
+
+
+class _FewRows:
+    """fp32 memory for a few rows of logits at a time."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self._rows = CPU_ROWS if logits.device.type == "cpu" else ROWS
+        self._probabilities = torch.empty_like(logits[: self._rows], dtype=torch.float32)
+        self._wide = None if logits.dtype == torch.float32 else torch.empty_like(self._probabilities)
+
+    def of(self, logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """As many rows at a time."""
+        return zip(logits.split(self._rows), targets.split(self._rows), strict=True)
+
+    def softmax(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of nats of the targets, and the probabilities, until the next call."""
+        wide = logits if self._wide is None else self._wide[: len(logits)].copy_(logits)
+        probabilities = torch.softmax(wide, -1, out=self._probabilities[: len(logits)])
+        largest, wanted = wide.amax(-1), wide.gather(-1, targets[:, None])[:, 0]
+        # The largest probability is 1 / the sum of exponentials; a target's own can be 0.
+        return (largest - wanted - probabilities.amax(-1).log()).sum(), probabilities

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 from lightning_trainer.adapters import LoraSettings, put_in
 from lightning_trainer.diagnose import memory
 from lightning_trainer.model import CompensatedAdamW, CompensatedMuon, attention
-from lightning_trainer.model.loss import CPU_CHUNK, nats_chunked, nats_from_logits
+from lightning_trainer.model.loss import CPU_CHUNK, CPU_ROWS, nats_chunked, nats_from_logits
 
 TOKENS = 256
 SHAPE = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -131,7 +131,7 @@ def test_a_frozen_model_has_no_gradients_and_no_moments(build: Any, name: Any, s
     buffers = sum(b.nbytes for b in model.buffers())
     assert (found.weights, found.gradients) == (2 * base + size * trained + buffers, size * trained)
     assert found.moments == 8 * trained
-    assert found.loss == 100 * 384 * (4 + 2) + 100 * 64 * 2
+    assert found.loss == 100 * 384 * (2 + 8) + 100 * 64 * 2
     packed = memory.estimate(model, adam, *arguments, packed=True, checkpointing=False, packed_weight=0.5)
     linear = 3 * (2 * 64 * 128 + 2 * 64 * 64 + 3 * 64 * 192)
     assert packed.weights == found.weights - 1.5 * linear
@@ -168,7 +168,7 @@ def test_the_loss_takes_what_the_allocator_sees(loss: Any, frozen: bool) -> None
             nats_chunked(states, weight, None, targets).backward()
 
     step()  # gradients are there from here on, and counted elsewhere
-    estimated = memory.loss_bytes(loss, hidden, rows, trained, trained, itemsize=4, frozen=frozen, chunk=CPU_CHUNK)
+    estimated = memory.loss_bytes(loss, hidden, rows, trained, trained, 4, frozen, (CPU_CHUNK, CPU_ROWS))
     assert estimated == pytest.approx(_peak(step), rel=0.1)
 
 

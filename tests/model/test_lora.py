@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from lightning_trainer import pretrained
 from lightning_trainer.adapters import Adapter, LoraSettings, put_in
 from lightning_trainer.data.collate import Collator
-from lightning_trainer.model import CausalLMModule, WarmupConstant, attention, loss, probe
+from lightning_trainer.model import CausalLMModule, WarmupConstant, attention, loss, objective, probe
 from lightning_trainer.precision import DtypeError, SingleDtypePrecision
 from lightning_trainer.precision.audit import ADAPTERS, PACKED_BASE, exceptions, wrong_weights
 from lightning_trainer.pretrained import QuantizationSettings
@@ -254,7 +254,7 @@ def test_packed_examples_stay_apart_and_the_loss_is_chunked(build: Build) -> Non
     model, _ = build(use_dora=True)
     model.set_attn_implementation(attention.PACKED)
     probe.refuse_leaks(model)
-    assert loss.why_not_chunked(model) is None
+    assert objective.why_not_chunked(model) is None
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -262,9 +262,9 @@ def test_a_trained_copy_of_the_output_layer_is_chunked_right(tied: bool, build: 
     layers = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
     model, _ = build(directory=None if tied else untied_dir, modules_to_save=layers)
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
-    assert loss.why_not_chunked(model) is None
+    assert objective.why_not_chunked(model) is None
     targets, grads = torch.arange(12), []
-    head = loss.output_layer(model)
+    head = objective.output_layer(model)
     for chunked in (True, False):
         model.zero_grad()
         if chunked:
@@ -280,7 +280,7 @@ def test_a_trained_copy_of_the_output_layer_is_chunked_right(tied: bool, build: 
 
 def test_an_adapter_on_the_output_layer_takes_the_full_loss_by_name(build: Build, untied_dir: Path) -> None:
     model, _ = build(directory=untied_dir, target_modules=["q_proj", "lm_head"])
-    assert loss.why_not_chunked(model) == "its output layer has an adapter"
+    assert objective.why_not_chunked(model) == "its output layer has an adapter"
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True, "dropout": 0.1}])
@@ -436,7 +436,7 @@ def test_new_tokens_move_and_stay_tied(tiny_model_dir: Path, tmp_path: Path) -> 
     lora = LoraSettings(rank=4, modules_to_save=["embed_tokens"])
     module, watch = _train(tmp_path, tiny_model_dir, lora=lora)
     model: Any = module.causal_lm
-    assert module.loss_name == "chunked"
+    assert module.objective.name == "chunked"
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     assert not torch.equal(model.get_input_embeddings().weight, model.get_input_embeddings().original_module.weight)
     trained = dict(model.named_parameters())

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_trainer.data.collate import Collator
-from lightning_trainer.model import attention, loss
+from lightning_trainer.model import attention, loss, objective
 
 ROWS, VOCAB, WIDTH = 700, 90, 16
 
@@ -88,7 +88,7 @@ def test_no_targets_is_zero_with_zero_gradients(dtype: torch.dtype) -> None:
     grads = torch.autograd.grad(nats, (hidden, weight))
     assert torch.equal(grads[1], torch.zeros_like(weight))
     assert float(loss.nats_from_logits(torch.zeros(0, VOCAB), targets)) == 0
-    assert [float(x) for x in loss.evaluate_tokens(hidden, weight, None, targets)] == [0, 0]
+    assert [float(x) for x in loss.evaluate_chunked(hidden, weight, None, targets)] == [0, 0]
 
 
 def test_no_targets_is_zero_where_the_sum_of_fp16_weights_overflows() -> None:
@@ -99,12 +99,41 @@ def test_no_targets_is_zero_where_the_sum_of_fp16_weights_overflows() -> None:
 
 def test_evaluate_tokens_counts_right_guesses() -> None:
     hidden, weight, targets = head()
-    nats, right = loss.evaluate_tokens(hidden, weight, None, targets)
+    nats, right = loss.evaluate_chunked(hidden, weight, None, targets)
     logits = F.linear(hidden, weight)
     assert nats.item() == pytest.approx(F.cross_entropy(logits, targets, reduction="sum").item(), rel=1e-6)
     assert right.dtype == torch.int64
     assert int(right) == sum(int(row.argmax()) == int(t) for row, t in zip(logits, targets, strict=True))
     assert not nats.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_that_is_kept_changes_nothing(dtype: torch.dtype) -> None:
+    memory = loss.ChunkMemory()
+    with torch.inference_mode():  # as `trainer.validate` before `trainer.fit`
+        hidden, weight, targets = head(dtype, rows=300)
+        kept = [x.item() for x in loss.evaluate_chunked(hidden, weight, None, targets, memory)]
+        assert kept == [x.item() for x in loss.evaluate_chunked(hidden, weight, None, targets)]
+    begins_at = memory.rows(1, weight).data_ptr()
+    for rows in (300, 20, ROWS):
+        hidden, weight, targets = head(dtype, rows)
+        nats = [loss.nats_chunked(hidden, weight, None, targets, memory=each) for each in (memory, None)]
+        grads = [torch.autograd.grad(each, (hidden, weight)) for each in nats]
+        assert torch.equal(*nats)
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+        assert memory.rows(1, weight).data_ptr() == begins_at
+    wide = torch.zeros(2 * VOCAB, WIDTH, dtype=dtype)
+    assert memory.rows(3, wide).shape == (3, 2 * VOCAB)
+
+
+def test_a_target_without_probability_costs_what_it_costs() -> None:
+    hidden = torch.tensor([[1000.0], [-1000.0], [0.5]], requires_grad=True)
+    weight, targets = torch.tensor([[1.0], [-1.0], [0.0]], requires_grad=True), torch.tensor([1, 0, 2])
+    nats = loss.nats_chunked(hidden, weight, None, targets)
+    third = torch.tensor([0.5, -0.5, 0.0]).exp().sum().log()
+    assert nats.item() == pytest.approx(4000 + third.item(), rel=1e-6)
+    want = torch.autograd.grad(F.cross_entropy(hidden @ weight.T, targets, reduction="sum"), weight)[0]
+    torch.testing.assert_close(torch.autograd.grad(nats, weight)[0], want)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -184,7 +213,7 @@ def small(name: str, **changes: Any) -> Any:
     ],
 )
 def test_models_that_change_their_logits_are_named(name: str, changes: dict[str, Any], reason: str) -> None:
-    why = loss.why_not_chunked(small(name, **changes))
+    why = objective.why_not_chunked(small(name, **changes))
     assert why is not None
     assert reason in why
 
@@ -193,14 +222,14 @@ def test_models_without_a_backbone_of_their_own_are_named() -> None:
     """`base_model` of Llama 4's text model is the model itself: it gives logits, no hidden states."""
     model = small("Llama4Text", num_local_experts=2, intermediate_size_mlp=16)
     assert model.base_model is model
-    assert loss.why_not_chunked(model) is not None
+    assert objective.why_not_chunked(model) is not None
 
 
 @pytest.mark.parametrize("name", ["Qwen3", "Llama", "Gemma", "Mistral", "Granite", "Gemma3Text"])
 def test_models_that_take_chunked_give_the_logits_it_assumes(name: str) -> None:
     model = small(name)
     ids = torch.arange(8)[None]
-    assert loss.why_not_chunked(model) is None
+    assert objective.why_not_chunked(model) is None
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
