@@ -3,7 +3,7 @@
 Under round-to-nearest an update smaller than half a bf16 step vanishes: at lr 1e-5 four of five weights never move.
 Here each bf16 weight keeps beside it the 16 bits that rounding cut off its fp32 value, so the optimizer sees and
 updates exact fp32 weights, at two more bytes a weight (where fp32 master weights cost four). The arithmetic is that of
-torch's fused AdamW in fp32: torch itself does it on a bucket of tensors at a time, or `adamw_kernel` on a GPU.
+torch's fused AdamW in fp32: `adamw_kernel` does it, or else torch itself on a bucket of tensors at a time.
 
     fp32 weight   0 01111100 01001001 1011110001101010
     bf16 weight   0 01111100 01001010                     rounded: what the model computes with
@@ -215,7 +215,8 @@ def store(piece: Piece, weight: Tensor) -> None:
     if piece.weight.dtype != torch.bfloat16:
         piece.weight.copy_(weight)
         return
-    bits = weight.view(torch.int32)
+    # One pattern for all that is no number: others could be rounded into one.
+    bits = weight.view(torch.int32).masked_fill(weight.isnan(), 0x7FC00000)
     high = (bits + HALF) >> 16
     piece.weight.view(torch.int16).copy_(high)
     piece.state["low_bits"].copy_(bits - (high << 16))

@@ -1,82 +1,168 @@
-"""The kernel comes to what the passes come to; and it is asked for nothing it does not take.
+"""The kernels come to what the passes come to; and they are asked for nothing they do not take.
 
-Without a GPU it runs in Triton's interpreter, where Triton is installed.
+Without a GPU Triton's runs in Triton's interpreter, where Triton is installed.
 """
 
+import importlib
 import logging
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_trainer.model import adamw_kernel
+from lightning_trainer.model import adamw_cpu, adamw_kernel
 from lightning_trainer.model.optim import CompensatedAdamW, Piece, _both_ways
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CPU = torch.device("cpu")
+GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+GROUP: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+Step = Callable[..., None]
 
 
-@pytest.fixture
-def triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    if DEVICE.type == "cpu":
+@pytest.fixture(params=["c", "triton"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Step, torch.device]:
+    """A kernel's step, and a device it runs on."""
+    if request.param == "c":
+        return adamw_cpu.step, CPU
+    if GPU.type == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     pytest.importorskip("triton")
+    step: Step = importlib.import_module("lightning_trainer.model.adamw_triton").step
+    return step, GPU
 
 
-def made(shape: tuple[int, ...], seed: int) -> nn.Parameter:
+def made(shape: tuple[int, ...], seed: int, device: torch.device = CPU) -> nn.Parameter:
     rng = torch.Generator().manual_seed(seed)
-    param = nn.Parameter(torch.randn(shape, generator=rng).to(DEVICE, torch.bfloat16))
-    param.grad = torch.randn(shape, generator=rng).to(DEVICE, torch.bfloat16)
+    param = nn.Parameter(torch.randn(shape, generator=rng).to(device, torch.bfloat16))
+    param.grad = torch.randn(shape, generator=rng).to(device, torch.bfloat16)
     return param
 
 
-@pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_a_step_is_that_of_the_passes(weight_decay: float) -> None:
-    group: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": weight_decay}
+def test_a_step_is_that_of_the_passes(weight_decay: float, kernel: tuple[Step, torch.device]) -> None:
+    step, device = kernel
+    group = GROUP | {"weight_decay": weight_decay}
     shapes = [(7,), (1024,), (33, 65), (2, 2049)]
-    ours, theirs = ([made(shape, seed) for seed, shape in enumerate(shapes)] for _ in range(2))
-    kernel, passes = CompensatedAdamW(ours, **group), CompensatedAdamW(theirs, **group)
+    ours, theirs = ([made(shape, seed, device) for seed, shape in enumerate(shapes)] for _ in range(2))
+    one_pass, passes = CompensatedAdamW(ours, **group), CompensatedAdamW(theirs, **group)
     passes.kernel = False
     for param in theirs:
         passes._state_of(param)
     for turn in range(4):
         for one, other in zip(ours, theirs, strict=True):
-            # From where the passes have got to: the interpreter cuts moments off to bf16, a GPU rounds them.
+            # From where the passes have got to: the interpreter cuts moments off to bf16, others round them.
             one.data.copy_(other.data)
-            one.grad = other.grad = made(tuple(one.shape), turn).grad
+            one.grad = other.grad = made(tuple(one.shape), turn, device).grad
             for name, value in passes.state[other].items():
-                kernel._state_of(one)[name].copy_(value)
-        adamw_kernel.step([Piece.of(param, kernel._state_of(param)) for param in ours], group)
+                one_pass._state_of(one)[name].copy_(value)
+        step([Piece.of(param, one_pass._state_of(param)) for param in ours], group, None)
         passes.step()
         for one, other in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(kernel.exact_weight(one), passes.exact_weight(other), rtol=3e-7, atol=3e-8)
-            torch.testing.assert_close(one.detach(), kernel.exact_weight(one).bfloat16(), rtol=2**-7, atol=0)
-            torch.testing.assert_close(kernel.state[one]["step"], passes.state[other]["step"])
+            torch.testing.assert_close(one_pass.exact_weight(one), passes.exact_weight(other), rtol=3e-7, atol=3e-8)
+            torch.testing.assert_close(one.detach(), one_pass.exact_weight(one).bfloat16(), rtol=2**-7, atol=0)
+            torch.testing.assert_close(one_pass.state[one]["step"], passes.state[other]["step"])
             for name in ("exp_avg", "exp_avg_sq"):
-                torch.testing.assert_close(kernel.state[one][name], passes.state[other][name], rtol=2**-7, atol=1e-6)
+                torch.testing.assert_close(one_pass.state[one][name], passes.state[other][name], rtol=2**-7, atol=1e-6)
 
 
-@pytest.mark.usefixtures("triton")
-def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
-    param = made((50,), 0)
-    optimizer, group = CompensatedAdamW([param]), {"lr": 1.0, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-    state = optimizer._state_of(param)
-    adamw_kernel.step([Piece.of(param, state)], group)
+def test_a_gradient_that_is_not_finite_changes_nothing_where_that_is_found(kernel: tuple[Step, torch.device]) -> None:
+    step, device = kernel
+    param = made((50,), 0, device)
+    state = CompensatedAdamW([param])._state_of(param)
+    step([Piece.of(param, state)], GROUP, None)
     before = [tensor.clone() for tensor in (param.detach(), *state.values())]
     assert param.grad is not None
     param.grad[3] = float("nan")
-    adamw_kernel.step([Piece.of(param, state)], group, torch.full((), 2.0, device=DEVICE))
+    step([Piece.of(param, state)], GROUP, torch.full((), 2.0, device=device))
     assert all(map(torch.equal, before, (param.detach(), *state.values())))
 
 
-@pytest.mark.usefixtures("triton")
-def test_it_is_tried_out_before_it_is_used() -> None:
-    passes, kernel = _both_ways(DEVICE)
-    torch.testing.assert_close(kernel, passes, rtol=1e-6, atol=1e-6)
-    if DEVICE.type == "cuda":
-        assert adamw_kernel.works_on(DEVICE, _both_ways)
+def test_what_is_no_number_stays_none(kernel: tuple[Step, torch.device]) -> None:
+    step, device = kernel
+    param = made((50,), 0, device)
+    optimizer = CompensatedAdamW([param])
+    assert param.grad is not None
+    param.grad[3], param.grad[4] = float("nan"), -float("nan")
+    for _ in range(2):
+        step([Piece.of(param, optimizer._state_of(param))], GROUP, None)
+        for numbers in (param.detach(), optimizer.exact_weight(param), optimizer.state[param]["exp_avg"]):
+            assert numbers.isnan().nonzero().flatten().tolist() == [3, 4]
+
+
+def test_both_are_tried_out_before_they_are_used() -> None:
+    for device in {CPU, GPU}:
+        passes, kernel = _both_ways(device)
+        torch.testing.assert_close(kernel, passes, rtol=1e-6, atol=1e-6)
+        assert adamw_kernel.works_on(device, _both_ways)
+
+
+# --- C
+
+
+def test_every_bit_is_that_of_the_formula() -> None:
+    param = made((1050,), 0)
+    optimizer = CompensatedAdamW([param], **GROUP)
+    start = param.detach().float().numpy()
+    weight, first, second = start.copy(), np.zeros_like(start), np.zeros_like(start)
+    beta1, less1, beta2, less2, eps, decay = map(np.float32, (0.9, 1 - 0.9, 0.95, 1 - 0.95, 1e-8, 1 - 1e-2 * 0.1))
+    for turn in range(1, 11):
+        param.grad = made((1050,), turn).grad
+        assert param.grad is not None
+        grad = param.grad.float().numpy()
+        first, second = beta1 * first + less1 * grad, beta2 * second + less2 * grad * grad
+        rate, root = np.float32(1e-2 / (1 - 0.9**turn)), np.float32((1 - 0.95**turn) ** 0.5)
+        weight = weight * decay - rate * first / (np.sqrt(second) / root + eps)
+        first, second = (torch.from_numpy(x).bfloat16().float().numpy() for x in (first, second))
+        optimizer.step()
+        assert np.array_equal(optimizer.exact_weight(param).numpy(), weight)
+        for name, moment in (("exp_avg", first), ("exp_avg_sq", second)):
+            assert np.array_equal(optimizer.state[param][name].float().numpy(), moment)
+
+
+def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adamw_cpu, "MOST", 100)
+    found = []
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        params = [made(shape, seed) for seed, shape in enumerate([(1050,), (7, 30), (1,)])]
+        optimizer = CompensatedAdamW(params, **GROUP)
+        for _ in range(3):
+            optimizer.step()
+        found.append([tensor for p in params for tensor in (p.detach(), *optimizer.state[p].values())])
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [(None, "there is no C compiler (cc, gcc, clang)"), ("echo one; echo bad flag >&2; exit 1", "/cc fails: bad flag")],
+)
+def test_a_compiler_that_is_missing_or_fails_is_named(
+    script: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if script is not None:
+        (tmp_path / "cc").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "cc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError) as caught:
+        adamw_cpu.kernel.__wrapped__()
+    assert str(caught.value).endswith(said)
+
+
+def test_the_c_file_is_part_of_the_package(tmp_path: Path) -> None:
+    from setuptools.config.pyprojecttoml import read_configuration
+
+    root = Path(adamw_cpu.__file__).parents[2]
+    patterns = read_configuration(root / "pyproject.toml")["tool"]["setuptools"]["package-data"]["lightning_trainer"]
+    assert adamw_cpu.SOURCE in {file for pattern in patterns for file in (root / "lightning_trainer").glob(pattern)}
+    # It says nothing at the highest level of warnings, for machines of another kind too.
+    command = ["cc", "-Wall", "-Wextra", "-Werror", "-O1", "-c", str(adamw_cpu.SOURCE), "-o", str(tmp_path / "a.o")]
+    assert subprocess.run(command, capture_output=True, text=True, check=False).stderr == ""
 
 
 # --- who is given to it
@@ -105,7 +191,7 @@ def test_plain_bf16_weights_are_given_to_the_kernel_and_others_are_not(taken: li
     assert not torch.equal(wide, torch.ones(4))
     assert not torch.equal(gaps, torch.ones(2, 4).bfloat16())
     optimizer = CompensatedAdamW([other_grad], lr=0.1)
-    optimizer.grad_scale = torch.tensor(2.0, device=DEVICE)
+    optimizer.grad_scale = torch.tensor(2.0)
     optimizer.step()
     assert len(taken) == 1
 
@@ -130,4 +216,4 @@ def test_a_kernel_that_does_not_work_is_told_of_once_and_not_used(caplog: pytest
     assert caplog.messages[1:] == [
         "CompensatedAdamW steps without its kernel, several times slower: on this device it comes to other numbers"
     ]
-    assert not adamw_kernel.works_on(torch.device("cpu"), broken)
+    assert not adamw_kernel.works_on(torch.device("meta"), broken)
