@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -38,9 +39,9 @@ def step(pieces: Sequence[Piece], group: dict[str, Any], found_inf: Tensor | Non
     threads = torch.get_num_threads()
     shares = [share for place in range(threads) if (share := calls[place::threads])]
     if len(shares) == 1:
-        _run(adamw, shares[0])
+        _run(adamw, shares[0], pieces)
     else:
-        list(_threads().map(_run, [adamw] * len(shares), shares))
+        list(_threads().map(_run, repeat(adamw), shares, repeat(pieces)))
 
 
 def _calls(piece: Piece, group: dict[str, Any]) -> Iterator[Call]:
@@ -57,9 +58,16 @@ def _calls(piece: Piece, group: dict[str, Any]) -> Iterator[Call]:
         yield *places, min(MOST, numbers - start), *factors
 
 
-def _run(adamw: Callable[..., None], calls: Sequence[Call]) -> None:
+def _run(adamw: Callable[..., None], calls: Sequence[Call], pieces: Sequence[Piece]) -> None:
+    """Make the calls.
+
+    Args:
+        adamw: The kernel; other threads run while it does.
+        calls: Its arguments.
+        pieces: What they point to, which must not go where the main thread is interrupted.
+    """
     for call in calls:
-        adamw(*call)  # ctypes lets other threads run meanwhile
+        adamw(*call)
 
 
 @lru_cache(maxsize=1)

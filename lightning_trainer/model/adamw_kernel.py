@@ -25,17 +25,16 @@ log = logging.getLogger(__name__)
 
 
 def fits(param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> bool:
-    """Whether the kernel takes this parameter: plain bf16 tensors without gaps."""
-    grad = param.grad
-    assert grad is not None
-    tensors = (param, grad, state["exp_avg"], state["exp_avg_sq"], state["low_bits"]) if "low_bits" in state else ()
+    """Whether the kernel takes this parameter: plain bf16 tensors of one shape without gaps."""
+    grad, low_bits = param.grad, state.get("low_bits")
+    if grad is None or low_bits is None or grad.is_sparse or low_bits.dtype != torch.int16:
+        return False
+    in_bf16 = (param, grad, state["exp_avg"], state["exp_avg_sq"])
     return (
-        len(tensors) > 0
-        and not isinstance(group["lr"], Tensor)
+        not isinstance(group["lr"], Tensor)
         and type(param.data) is Tensor
-        and grad.dtype == param.dtype
-        and not grad.is_sparse
-        and all(tensor.is_contiguous() for tensor in tensors)
+        and all(tensor.dtype == torch.bfloat16 for tensor in in_bf16)
+        and all(tensor.shape == param.shape and tensor.is_contiguous() for tensor in (*in_bf16, low_bits))
     )
 
 

@@ -191,6 +191,10 @@ def test_plain_bf16_weights_are_given_to_the_kernel_and_others_are_not(taken: li
     assert not torch.equal(wide, torch.ones(4))
     assert not torch.equal(gaps, torch.ones(2, 4).bfloat16())
     optimizer = CompensatedAdamW([other_grad], lr=0.1)
+    for name, strange in (("exp_avg", torch.zeros(4)), ("low_bits", torch.zeros(2, dtype=torch.int16))):
+        state = dict(optimizer._state_of(other_grad)) | {name: strange}
+        assert not adamw_kernel.fits(other_grad, state, optimizer.param_groups[0])
+    assert adamw_kernel.fits(other_grad, optimizer._state_of(other_grad), optimizer.param_groups[0])
     optimizer.grad_scale = torch.tensor(2.0)
     optimizer.step()
     assert len(taken) == 1
