@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from lightning_trainer.adapters import adapted_layers
 from lightning_trainer.model.attention import PACKED
-from lightning_trainer.model.loss import CHUNK, ROWS
+from lightning_trainer.model.loss import CHUNK, EXACT
 from lightning_trainer.model.muon import CompensatedMuon
 from lightning_trainer.model.objective import LossName, output_layer
 from lightning_trainer.model.optim import BUCKET, CompensatedAdamW
@@ -178,21 +178,21 @@ def loss_bytes(
     trained: int,
     itemsize: int,
     frozen: bool = False,
-    at_once: tuple[int, int] = (CHUNK, ROWS),
+    chunk: int = CHUNK,
+    exact: int = EXACT,
 ) -> int:
-    """What the loss holds at its peak, besides the activations; on a GPU, unless `at_once` says otherwise.
+    """What the loss holds at its peak, besides the activations; on a GPU, unless `chunk` and `exact` say otherwise.
 
-    `full`: the trained tokens' logits, their fp32 log-softmax and its gradient, NV(s + 8); or, later, the gradient of
-    all logits, TVs + NVs. `chunked`: logits of a chunk; a few rows' probabilities in fp32, and under 16 bits their
-    logits too; the output layer's gradient in fp32, VC4, and under 16 bits a chunk's part of it; that of N hidden
+    `full`: the fp32 log-softmax of the trained tokens' logits, its gradient and theirs, 12 NV; or, later, the gradient
+    of all logits, TVs + NVs. `chunked`: logits of a chunk; probabilities of a few of them in fp32, and under 16 bits
+    their logits too; the output layer's gradient in fp32, VC4, and under 16 bits a chunk's part of it; that of N hidden
     states. A frozen output layer has none.
     """
     if loss == "full":
-        return max(trained * rows * (itemsize + 8), (tokens + trained) * rows * itemsize)
-    chunk, few = (min(trained, most) for most in at_once)
-    scratch = chunk * itemsize + few * (4 if itemsize == 4 else 8)
+        return max(trained * rows * 12, (tokens + trained) * rows * itemsize)
+    few = min(trained, exact // rows) * (4 if itemsize == 4 else 8)
     layer = 0 if frozen else rows * hidden * (4 + (itemsize if itemsize < 4 else 0))
-    return scratch * rows + layer + trained * hidden * itemsize
+    return (min(trained, chunk) * itemsize + few) * rows + layer + trained * hidden * itemsize
 
 
 @dataclass(frozen=True)
@@ -238,6 +238,8 @@ def optimizer_bytes(
 def _state_bytes(optimizer: Optimizer, weight: Tensor) -> float:
     """Bytes that the optimizer keeps for each number of a weight of its own."""
     weight.grad = torch.zeros_like(weight)
+    if isinstance(optimizer, CompensatedAdamW):
+        optimizer.kernel = False  # which this machine would have to compile
     optimizer.step()
     kept = sum(value.nbytes for value in optimizer.state[weight].values() if isinstance(value, Tensor) and value.dim())
     return kept / weight.numel()

@@ -1,4 +1,4 @@
-/* The kernel of `adamw_cpu`: a step of AdamW on numbers of one parameter, weights as the 16 + 16 bits that `optim` shows. */
+/* A step of AdamW on elements of one parameter, its weights as the 16 + 16 bits that `optim` shows; see `adamw_cpu`. */
 
 #include <math.h>
 #include <stdint.h>
@@ -11,7 +11,7 @@ static inline float from_bits(uint32_t bits)
     return number;
 }
 
-/* One pattern for all that is no number: others could be rounded into one. */
+/* Every NaN becomes 0x7FC00000: rounding 0x7FFFFFFF would carry into the sign and give -0.0. */
 static inline uint32_t bits_of(float number)
 {
     uint32_t bits;
@@ -33,20 +33,21 @@ static inline uint16_t rounded(float number)
 
 void adamw(
     uint16_t *restrict high_bits, int16_t *restrict low_bits, const uint16_t *restrict grads,
-    uint16_t *restrict exp_avgs, uint16_t *restrict exp_avg_sqs, int64_t numbers,
-    float beta1, float one_less_beta1, float beta2, float one_less_beta2, float eps, float decay, float rate, float root)
+    uint16_t *restrict exp_avgs, uint16_t *restrict exp_avg_sqs, int64_t numel,
+    float beta1, float one_minus_beta1, float beta2, float one_minus_beta2, float eps, float decay_factor,
+    float step_size, float bias_correction2_sqrt)
 {
-    for (int64_t place = 0; place < numbers; place++) {
-        float grad = widened(grads[place]);
-        float first = beta1 * widened(exp_avgs[place]) + one_less_beta1 * grad;
-        float second = beta2 * widened(exp_avg_sqs[place]) + one_less_beta2 * grad * grad;
-        float weight = from_bits(((uint32_t)high_bits[place] << 16) + (uint32_t)(int32_t)low_bits[place]);
-        weight = weight * decay - rate * first / (sqrtf(second) / root + eps);
+    for (int64_t i = 0; i < numel; i++) {
+        float grad = widened(grads[i]);
+        float exp_avg = beta1 * widened(exp_avgs[i]) + one_minus_beta1 * grad;
+        float exp_avg_sq = beta2 * widened(exp_avg_sqs[i]) + one_minus_beta2 * grad * grad;
+        float weight = from_bits(((uint32_t)high_bits[i] << 16) + (uint32_t)(int32_t)low_bits[i]);
+        weight = weight * decay_factor - step_size * exp_avg / (sqrtf(exp_avg_sq) / bias_correction2_sqrt + eps);
         uint32_t bits = bits_of(weight);
         uint32_t high = (bits + 0x8000u) >> 16;
-        high_bits[place] = (uint16_t)high;
-        low_bits[place] = (int16_t)(bits - (high << 16));
-        exp_avgs[place] = rounded(first);
-        exp_avg_sqs[place] = rounded(second);
+        high_bits[i] = (uint16_t)high;
+        low_bits[i] = (int16_t)(bits - (high << 16));
+        exp_avgs[i] = rounded(exp_avg);
+        exp_avg_sqs[i] = rounded(exp_avg_sq);
     }
 }

@@ -1,4 +1,4 @@
-"""A step of CompensatedAdamW on a CPU, by `adamw.c`, which the machine's C compiler makes before the first."""
+"""A step of CompensatedAdamW on a CPU, by `adamw.c`, which is compiled on this machine before the first step."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import ctypes
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
-from itertools import repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -21,11 +20,11 @@ if TYPE_CHECKING:
 
 SOURCE = Path(__file__).with_name("adamw.c")
 COMPILERS = ("cc", "gcc", "clang")
-# Each operation rounded by itself: so the last bits are the same in every compiler's vectors and rests.
+# No fused multiply-add: so the vector loop, its scalar remainder and every compiler give the same bits.
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-shared", "-fPIC")
+SECONDS_TO_COMPILE = 60
 
-MOST = 1 << 18
-"""Numbers that a thread takes at once."""
+ELEMENTS_PER_CALL = 1 << 18
 
 Call = tuple[int | float, ...]
 """Arguments of the kernel."""
@@ -35,44 +34,48 @@ def step(pieces: Sequence[Piece], group: dict[str, Any], found_inf: Tensor | Non
     """See `adamw_kernel.step`."""
     if found_inf is not None and found_inf.item() != 0:
         return
+    for piece in pieces:
+        piece.state["step"] += 1
     adamw, calls = kernel(), [call for piece in pieces for call in _calls(piece, group)]
-    threads = torch.get_num_threads()
-    shares = [share for place in range(threads) if (share := calls[place::threads])]
-    if len(shares) == 1:
-        _run(adamw, shares[0], pieces)
-    else:
-        list(_threads().map(_run, repeat(adamw), shares, repeat(pieces)))
+    threads = min(torch.get_num_threads(), len(calls))
+    if threads <= 1:
+        _make(adamw, iter(calls), pieces)
+        return
+    left = iter(calls)
+    running = [_pool(threads).submit(_make, adamw, left, pieces) for _ in range(threads)]
+    try:
+        for thread in running:
+            thread.result()
+    finally:
+        wait(running)
 
 
 def _calls(piece: Piece, group: dict[str, Any]) -> Iterator[Call]:
-    """One for each stretch of a parameter."""
-    piece.state["step"] += 1
     (beta1, beta2), lr, steps = group["betas"], group["lr"], piece.state["step"].item()
-    rate, root = lr / (1 - beta1**steps), (1 - beta2**steps) ** 0.5
-    factors = (beta1, 1 - beta1, beta2, 1 - beta2, group["eps"], 1 - lr * group["weight_decay"], rate, root)
-    state = piece.state
+    step_size, bias_correction2_sqrt = lr / (1 - beta1**steps), (1 - beta2**steps) ** 0.5
+    factors = (beta1, 1 - beta1, beta2, 1 - beta2, group["eps"], 1 - lr * group["weight_decay"])
+    state, numel = piece.state, piece.weight.numel()
     tensors = (piece.weight, state["low_bits"], piece.grad, state["exp_avg"], state["exp_avg_sq"])
-    numbers = piece.weight.numel()
-    for start in range(0, numbers, MOST):
-        places = (tensor.data_ptr() + start * tensor.element_size() for tensor in tensors)
-        yield *places, min(MOST, numbers - start), *factors
+    for start in range(0, numel, ELEMENTS_PER_CALL):
+        pointers = (tensor.data_ptr() + start * tensor.element_size() for tensor in tensors)
+        yield *pointers, min(ELEMENTS_PER_CALL, numel - start), *factors, step_size, bias_correction2_sqrt
 
 
-def _run(adamw: Callable[..., None], calls: Sequence[Call], pieces: Sequence[Piece]) -> None:
-    """Make the calls.
+def _make(adamw: Callable[..., None], calls: Iterator[Call], pieces: Sequence[Piece]) -> None:
+    """Make calls until none is left.
 
     Args:
         adamw: The kernel; other threads run while it does.
-        calls: Its arguments.
-        pieces: What they point to, which must not go where the main thread is interrupted.
+        calls: Shared by the threads.
+        pieces: What the calls point to, kept alive until they end, even where the main thread is interrupted.
     """
     for call in calls:
         adamw(*call)
 
 
 @lru_cache(maxsize=1)
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(thread_name_prefix="adamw")
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="adamw")
 
 
 @lru_cache(maxsize=1)
@@ -88,12 +91,23 @@ def kernel() -> Callable[..., None]:
         raise RuntimeError(f"there is no C compiler ({', '.join(COMPILERS)})")
     with TemporaryDirectory(prefix="lightning-trainer-") as directory:
         made = Path(directory) / "adamw.so"
-        command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise RuntimeError(f"{compiler} fails: {done.stderr.strip().rpartition(chr(10))[2]}")
+        _compile(compiler, made)
         adamw = ctypes.CDLL(str(made)).adamw
     adamw.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] + [ctypes.c_float] * 8
     adamw.restype = None
     found: Callable[..., None] = adamw
     return found
+
+
+def _compile(compiler: str, made: Path) -> None:
+    done = subprocess.run(
+        [compiler, *FLAGS, str(SOURCE), "-o", str(made)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS_TO_COMPILE,
+        check=False,
+    )
+    if done.returncode != 0:
+        lines = done.stderr.splitlines() or [f"exit status {done.returncode}"]
+        raise RuntimeError(f"{compiler}: {next((line for line in lines if 'error' in line), lines[0])}")

@@ -1,4 +1,4 @@
-"""One kernel for a step of CompensatedAdamW: every number is read once and written once.
+"""Which kernel makes a step of CompensatedAdamW: in it every number is read once and written once.
 
 In torch the same takes some fifteen passes over the memory. A GPU's kernel is in Triton, which comes with torch's
 builds for GPUs; a CPU's is in C. Where Triton or a compiler is missing or does not work, which is tried out on the
@@ -10,11 +10,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from lightning_trainer.model import adamw_cpu
 
@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Step = Callable[["Sequence[Piece]", dict[str, Any], Tensor | None], None]
+
 
 def fits(param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> bool:
-    """Whether the kernel takes this parameter: plain bf16 tensors of one shape without gaps."""
+    """Whether the kernel takes this parameter: plain bf16 tensors of one shape without gaps, on one device."""
     grad, low_bits = param.grad, state.get("low_bits")
     if grad is None or low_bits is None or grad.is_sparse or low_bits.dtype != torch.int16:
         return False
@@ -34,7 +36,10 @@ def fits(param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> bool
         not isinstance(group["lr"], Tensor)
         and type(param.data) is Tensor
         and all(tensor.dtype == torch.bfloat16 for tensor in in_bf16)
-        and all(tensor.shape == param.shape and tensor.is_contiguous() for tensor in (*in_bf16, low_bits))
+        and all(
+            tensor.shape == param.shape and tensor.device == param.device and tensor.is_contiguous()
+            for tensor in (*in_bf16, low_bits)
+        )
     )
 
 
@@ -46,15 +51,16 @@ def step(pieces: Sequence[Piece], group: dict[str, Any], found_inf: Tensor | Non
         group: `lr`, `betas`, `eps`, `weight_decay`.
         found_inf: Other than 0 where nothing may change; on the device.
     """
-    _by(pieces[0].weight.device).step(pieces, group, found_inf)
+    _step_on(pieces[0].weight.device)(pieces, group, found_inf)
+    increment_version([piece.weight for piece in pieces])  # autograd does not see what a kernel writes
 
 
-def _by(device: torch.device) -> ModuleType:
+def _step_on(device: torch.device) -> Step:
     if device.type == "cpu":
-        return adamw_cpu
-    from lightning_trainer.model import adamw_triton  # only where there is Triton
+        return adamw_cpu.step
+    from lightning_trainer.model import adamw_gpu  # only where there is Triton
 
-    return adamw_triton
+    return adamw_gpu.step
 
 
 @lru_cache(maxsize=8)
@@ -62,6 +68,7 @@ def works_on(device: torch.device, reference: Callable[[torch.device], tuple[Ten
     """Whether the kernel can be used on a device, and comes to what the passes come to.
 
     Args:
+        device: Of the parameters.
         reference: Gives the exact fp32 weights after a step on the device, by the passes and by the kernel.
     """
     if device.type not in ("cpu", "cuda"):
@@ -69,11 +76,11 @@ def works_on(device: torch.device, reference: Callable[[torch.device], tuple[Ten
     try:
         passes, kernel = reference(device)
         same = bool(torch.isclose(kernel, passes, rtol=1e-6, atol=1e-6).all())
-        reason = "" if same else "on this device it comes to other numbers"
+        reason = "" if same else "it comes to other numbers"
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no Triton, no compiler, a device it does not know: never a run's end
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
     if reason:
-        log.warning("CompensatedAdamW steps without its kernel, several times slower: %s", reason)
+        log.warning("CompensatedAdamW steps on %s without its kernel, several times slower: %s", device, reason)
     return not reason

@@ -337,6 +337,8 @@ class CausalLMModule(lightning.LightningModule):
         if self._run_dtype() == torch.float16:
             rank_zero_warn("16-true skips steps that overflow and counts them; bf16-true needs no such care")
         optimizer = self.trainer.optimizers[0]
+        if isinstance(optimizer, CompensatedAdamW):  # all ranks or none: the last bits differ
+            optimizer.kernel = self.trainer.strategy.reduce_boolean_decision(optimizer.kernel_works(), all=True)
         for group, fresh in zip(optimizer.param_groups, self._fresh, strict=True):
             scheduled = {"lr": group["lr"]}
             group.update({**fresh, **scheduled})

@@ -9,7 +9,7 @@ Shapes: N trained tokens, C hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,11 @@ CHUNK, CPU_CHUNK = 512, 256
 """Tokens whose logits exist at once: 256 x 151,936 of them are 156 MB in fp32.
 
 On a GPU each chunk reads the output layer twice and its gradient's total once, whatever its tokens are: with fewer it
-would wait for memory. On a CPU fewer make slow matrix products, and more wait for fresh memory.
+would wait for memory. On a CPU 512 would take twice the memory for 5 % less time.
 """
 
-ROWS, CPU_ROWS = 128, 4
-"""Tokens whose probabilities exist at once, in fp32: 78 MB at a vocabulary of 151,936; 2.4 MB, which caches hold."""
+EXACT, CPU_EXACT = 1 << 24, 1 << 19
+"""Logits that are taken to fp32 probabilities at once: 64 MiB, with few kernels to start; 2 MiB, which caches hold."""
 
 STRETCH = 1 << 22
 """Numbers that are added at once where that takes a copy of them."""
@@ -43,8 +43,8 @@ def nats_from_logits(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
-class ChunkMemory:
-    """For the logits of a chunk; a CPU's is kept, as a GPU's allocator keeps its own.
+class LogitsBuffer:
+    """Memory for the logits of a chunk; a CPU's is kept, as a GPU's allocator keeps its own.
 
     Fresh pages cost as much as a matrix product.
     """
@@ -52,16 +52,23 @@ class ChunkMemory:
     def __init__(self) -> None:
         self._kept: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_kept": None}  # a copy makes its own
+
     def rows(self, wanted: int, weight: Tensor) -> Tensor:
         """(wanted, V) of the weight's dtype and device, with any numbers in it."""
         kept = self._kept
-        if kept is not None and len(kept) >= wanted and kept.shape[1] == len(weight) and kept.dtype == weight.dtype:
+        if kept is not None and self._is_like(kept, weight) and len(kept) >= wanted:
             return kept[:wanted]
         with torch.inference_mode(False):  # what validation makes, training writes to
             made = weight.new_empty(wanted, len(weight))
         if made.device.type == "cpu":
             self._kept = made
         return made
+
+    @staticmethod
+    def _is_like(kept: Tensor, weight: Tensor) -> bool:
+        return (kept.shape[1], kept.dtype, kept.device) == (len(weight), weight.dtype, weight.device)
 
 
 def nats_chunked(
@@ -70,7 +77,7 @@ def nats_chunked(
     bias: Tensor | None,
     targets: Tensor,
     expected: float = 1.0,
-    memory: ChunkMemory | None = None,
+    buffer: LogitsBuffer | None = None,
 ) -> Tensor:
     """Sum of nats without ever holding all logits.
 
@@ -80,13 +87,13 @@ def nats_chunked(
         bias: (V,) or None.
         targets: (N,) int64.
         expected: What the sum's own gradient will be, about: then gradients are rounded once, at their final size.
-        memory: To use; None makes some.
+        buffer: Kept between calls; None allocates one for this call.
 
     Returns:
         fp32 scalar; 0, with a gradient of zero, where N is 0.
     """
-    memory = memory or ChunkMemory()
-    nats: Tensor = _Chunked.apply(hidden, weight, bias, targets, expected, memory)  # type: ignore[no-untyped-call]
+    buffer = LogitsBuffer() if buffer is None else buffer
+    nats: Tensor = _Chunked.apply(hidden, weight, bias, targets, expected, buffer)  # type: ignore[no-untyped-call]
     return nats
 
 
@@ -110,23 +117,20 @@ class _Chunked(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         expected: float,
-        memory: ChunkMemory,
+        buffer: LogitsBuffer,
     ) -> Tensor:
         ctx.expected = expected
         sums = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
-        chunk = chunk_on(hidden.device)
-        nats, rows = torch.zeros((), device=hidden.device), memory.rows(min(chunk, len(hidden)), weight)
-        for start in range(0, len(targets), chunk):
-            part = slice(start, start + chunk)
-            logits = logits_into(rows, hidden[part], weight, bias)
+        nats: list[Tensor] = []
+        for part, logits in _chunks(hidden, weight, bias, buffer):
             if sums.any:
-                nats += gradients_(logits, targets[part])
+                nats.append(gradients_(logits, targets[part], sums.bias, expected))
                 sums.add(part, logits, expected)
             else:
-                nats += evaluate(logits, targets[part])[0]
+                nats.extend(rows.nats for rows in _few_rows(logits, targets[part]))
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.save_for_backward(sums.hidden, sums.weight, sums.bias)
-        return nats
+        return _total(nats, hidden.device)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -139,14 +143,20 @@ class _Chunked(torch.autograd.Function):
         return *grads, None, None, None
 
 
-def logits_into(rows: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(n, V) logits, in the first of the rows."""
-    logits = torch.mm(hidden, weight.T, out=rows[: len(hidden)])
-    return logits if bias is None else logits.add_(bias)
+def _chunks(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: LogitsBuffer
+) -> Iterator[tuple[slice, Tensor]]:
+    """Places of a chunk's tokens, and their logits, which hold until the next chunk."""
+    size = chunk_on(hidden.device)
+    rows = buffer.rows(min(size, len(hidden)), weight)
+    for start in range(0, len(hidden), size):
+        part = slice(start, start + size)
+        logits = torch.mm(hidden[part], weight.T, out=rows[: len(hidden) - start])
+        yield part, logits if bias is None else logits.add_(bias)
 
 
 class _Gradients:
-    """Of what has one; the weight's and the bias's add up in fp32."""
+    """Of what has one; the weight's and the bias's add up in fp32, the bias's in `gradients_`."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]) -> None:
         self._inputs, self._product = hidden, None
@@ -179,8 +189,6 @@ class _Gradients:
                     self._product, logits.T, self._inputs[part], beta=0, alpha=scale, out=self._product
                 )
                 _add_(self.weight, product, keep)
-        if self.bias is not None:
-            self.bias.add_(logits.sum(0, dtype=torch.float32), alpha=scale)
 
 
 def _add_(total: Tensor, product: Tensor, keep: float) -> None:
@@ -194,39 +202,43 @@ def _add_(total: Tensor, product: Tensor, keep: float) -> None:
             mine.copy_(added)
 
 
-def gradients_(logits: Tensor, targets: Tensor) -> Tensor:
+def gradients_(logits: Tensor, targets: Tensor, bias_gradient: Tensor | None = None, bias_scale: float = 1.0) -> Tensor:
     """Make gradients of the nats out of logits, in place, rounded once.
 
     Args:
         logits: (n, V), of any float dtype.
         targets: (n,) int64.
+        bias_gradient: (V,) fp32; their sum over the tokens is added to it, before they are rounded.
+        bias_scale: On that sum.
 
     Returns:
         Sum of nats of the targets, a fp32 scalar.
     """
-    nats, few = torch.zeros((), device=logits.device), _FewRows(logits)
-    for some, wanted in few.of(logits, targets):
-        more, probabilities = few.softmax(some, wanted)
-        nats += more
-        some.copy_(probabilities.scatter_add_(1, wanted[:, None], probabilities.new_full((len(some), 1), -1.0)))
-    return nats
+    nats = []
+    for rows in _few_rows(logits, targets):
+        nats.append(rows.nats)
+        less_one = rows.probabilities.new_full((len(rows.targets), 1), -1.0)
+        gradients = rows.probabilities.scatter_add_(1, rows.targets[:, None], less_one)
+        if bias_gradient is not None:
+            bias_gradient.add_(gradients.sum(0), alpha=bias_scale)
+        rows.logits.copy_(gradients)
+    return _total(nats, logits.device)
 
 
 @torch.no_grad()
 def evaluate_chunked(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, memory: ChunkMemory | None = None
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, buffer: LogitsBuffer | None = None
 ) -> tuple[Tensor, Tensor]:
     """Sum of nats (fp32) and count of tokens guessed right (int64); arguments as of `nats_chunked`."""
-    nats, right = torch.zeros((), device=hidden.device), torch.zeros((), dtype=torch.int64, device=hidden.device)
-    chunk = chunk_on(hidden.device)
-    rows = (memory or ChunkMemory()).rows(min(chunk, len(hidden)), weight)
-    for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-        more_nats, more_right = evaluate(logits_into(rows, h, weight, bias), t)
-        nats += more_nats
-        right += more_right
-    return nats, right
+    nats, right = [], torch.zeros((), dtype=torch.int64, device=hidden.device)
+    for part, logits in _chunks(hidden, weight, bias, LogitsBuffer() if buffer is None else buffer):
+        chunk_nats, chunk_right = evaluate(logits, targets[part])
+        nats.append(chunk_nats)
+        right += chunk_right
+    return _total(nats, hidden.device), right
 
 
+@torch.no_grad()
 def evaluate(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of nats (fp32) and count of tokens guessed right (int64).
 
@@ -234,30 +246,42 @@ def evaluate(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits: (n, V), of any float dtype.
         targets: (n,) int64.
     """
-    nats, right = torch.zeros((), device=logits.device), torch.zeros((), dtype=torch.int64, device=logits.device)
-    few = _FewRows(logits)
-    for some, wanted in few.of(logits, targets):
-        nats += few.softmax(some, wanted)[0]
-        right += (some.max(-1).indices == wanted).sum()
-    return nats, right
+    nats, right = [], torch.zeros((), dtype=torch.int64, device=logits.device)
+    for rows in _few_rows(logits, targets):
+        nats.append(rows.nats)
+        right += (rows.logits.max(-1).indices == rows.targets).sum()
+    return _total(nats, logits.device), right
 
 
-class _FewRows:
-    """fp32 memory for a few rows of logits at a time."""
+def _total(nats: list[Tensor], device: torch.device) -> Tensor:
+    # All at once, pairwise: one after the other they would be rounded as often as there are parts.
+    return torch.stack(nats).sum() if nats else torch.zeros((), device=device)
 
-    def __init__(self, logits: Tensor) -> None:
-        self._rows = CPU_ROWS if logits.device.type == "cpu" else ROWS
-        self._probabilities = torch.empty_like(logits[: self._rows], dtype=torch.float32)
-        self._wide = None if logits.dtype == torch.float32 else torch.empty_like(self._probabilities)
 
-    def of(self, logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """As many rows at a time."""
-        return zip(logits.split(self._rows), targets.split(self._rows), strict=True)
+class _Rows(NamedTuple):
+    """A few rows of logits.
 
-    def softmax(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of nats of the targets, and the probabilities, until the next call."""
-        wide = logits if self._wide is None else self._wide[: len(logits)].copy_(logits)
-        probabilities = torch.softmax(wide, -1, out=self._probabilities[: len(logits)])
-        largest, wanted = wide.amax(-1), wide.gather(-1, targets[:, None])[:, 0]
+    Attributes:
+        logits: (n, V), a view.
+        targets: (n,) int64.
+        nats: Sum of nats of the targets, a fp32 scalar.
+        probabilities: (n, V) fp32, which hold until the next rows.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    nats: Tensor
+    probabilities: Tensor
+
+
+def _few_rows(logits: Tensor, targets: Tensor) -> Iterator[_Rows]:
+    most = max(1, (CPU_EXACT if logits.device.type == "cpu" else EXACT) // logits.shape[1])
+    softmax = torch.empty_like(logits[:most], dtype=torch.float32)
+    widened = None if logits.dtype == torch.float32 else torch.empty_like(softmax)
+    for some, wanted in zip(logits.split(most), targets.split(most), strict=True):
+        exact = some if widened is None else widened[: len(some)].copy_(some)
+        probabilities = torch.softmax(exact, -1, out=softmax[: len(some)])
+        largest, picked = exact.amax(-1), exact.gather(-1, wanted[:, None])[:, 0]
         # The largest probability is 1 / the sum of exponentials; a target's own can be 0.
-        return (largest - wanted - probabilities.amax(-1).log()).sum(), probabilities
+        nats = (largest - picked - probabilities.amax(-1).log()).sum()
+        yield _Rows(some, wanted, nats, probabilities)

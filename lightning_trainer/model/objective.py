@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_trainer.model.loss import ChunkMemory, evaluate, evaluate_chunked, nats_chunked, nats_from_logits
+from lightning_trainer.model.loss import LogitsBuffer, evaluate, evaluate_chunked, nats_chunked, nats_from_logits
 from lightning_trainer.model.probe import evaluating, packed_inputs
 from lightning_trainer.pretrained import embedding_rows
 from lightning_trainer.types import Batch
@@ -75,16 +75,16 @@ class Objective:
     """The loss of a model's batches.
 
     Args:
-        name: Of the way, as asked for.
+        name: Which way to take.
 
     Attributes:
-        name: Of the way taken.
+        name: Which way is taken: full, once `settle` has fallen back to it.
     """
 
     def __init__(self, name: LossName) -> None:
         self.name = name
         self._is_settled = False
-        self._memory = ChunkMemory()
+        self._buffer = LogitsBuffer()
 
     def settle(self, model: PreTrainedModel) -> None:
         """Take `full`, with a warning, where the model cannot take `chunked`; asked once."""
@@ -99,23 +99,19 @@ class Objective:
 
         Args:
             model: A causal LM.
-            inputs: What it is called with.
-            batch: They are of.
+            inputs: Its arguments for the batch.
+            batch: Rows, with the places and targets of their trained tokens.
             expected: What the gradient of the sum will be, about.
         """
         if self.name == "full":
             return nats_from_logits(_logits(model, inputs, batch), batch.targets)
-        head = output_layer(model)
-        hidden = _hidden_states(model, inputs, batch)
-        return nats_chunked(hidden, head.weight, head.bias, batch.targets, expected, self._memory)
+        return nats_chunked(*_output_product(model, inputs, batch), batch.targets, expected, self._buffer)
 
     def evaluate(self, model: PreTrainedModel, inputs: dict[str, Any], batch: Batch) -> tuple[Tensor, Tensor]:
         """Sum of nats (fp32) and count of tokens guessed right (int64); arguments as of `nats`."""
         if self.name == "full":
             return evaluate(_logits(model, inputs, batch), batch.targets)
-        head = output_layer(model)
-        hidden = _hidden_states(model, inputs, batch)
-        return evaluate_chunked(hidden, head.weight, head.bias, batch.targets, self._memory)
+        return evaluate_chunked(*_output_product(model, inputs, batch), batch.targets, self._buffer)
 
 
 def _logits(model: PreTrainedModel, inputs: dict[str, Any], batch: Batch) -> Tensor:
@@ -124,7 +120,9 @@ def _logits(model: PreTrainedModel, inputs: dict[str, Any], batch: Batch) -> Ten
     return logits.flatten(0, 1)[batch.predict_at]
 
 
-def _hidden_states(model: PreTrainedModel, inputs: dict[str, Any], batch: Batch) -> Tensor:
-    """(N, C) that predict the trained tokens."""
-    hidden: Tensor = model.base_model(**inputs).last_hidden_state
-    return hidden.flatten(0, 1)[batch.predict_at]
+def _output_product(
+    model: PreTrainedModel, inputs: dict[str, Any], batch: Batch
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(N, C) hidden states that predict the trained tokens; weight and bias of the output layer."""
+    head, hidden = output_layer(model), model.base_model(**inputs).last_hidden_state
+    return hidden.flatten(0, 1)[batch.predict_at], head.weight, head.bias

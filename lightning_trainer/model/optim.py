@@ -29,6 +29,7 @@ BUCKET, CPU_BUCKET = 1 << 24, 1 << 18
 """Weights updated at once: bounds the fp32 temporaries to 16 bytes x this, 256 MiB; on a CPU to its caches."""
 
 HALF = 1 << 15
+NAN = 0x7FC00000
 
 
 class CompensatedAdamW(Optimizer):
@@ -45,7 +46,7 @@ class CompensatedAdamW(Optimizer):
     """
 
     kernel = True
-    """Whether the kernel may be used where there is one."""
+    """Whether the kernel may be used."""
 
     # torch's own protocol for "skip this step, decided on the device": the attributes `grad_scale` and `found_inf`.
     _step_supports_amp_scaling = True
@@ -87,6 +88,11 @@ class CompensatedAdamW(Optimizer):
             adamw_kernel.step(pieces, group, getattr(self, "found_inf", None))
         for bucket in _buckets(piece for p in slowly for piece in _pieces(p, self._state_of(p))):
             self._update(bucket, group)
+
+    def kernel_works(self) -> bool:
+        """Whether the kernel is used for all bf16 weights that it takes; tries it out."""
+        devices = {p.device for group in self.param_groups for p in group["params"] if p.dtype == torch.bfloat16}
+        return self.kernel and all(adamw_kernel.works_on(device, _both_ways) for device in devices)
 
     def _takes_kernel(self, param: Tensor, group: dict[str, Any]) -> bool:
         works = self.kernel and param.dtype == torch.bfloat16 and adamw_kernel.works_on(param.device, _both_ways)
@@ -166,6 +172,13 @@ class CompensatedAdamW(Optimizer):
                     key="ckpt_path",
                 )
             for name, value in values.items():
+                if value.dim() and value.shape != param.shape:
+                    raise InputError(
+                        f"{name} of the optimizer state has the shape {tuple(value.shape)}, its weight "
+                        f"{tuple(param.shape)}: it is another model's; start from the checkpoint's weights "
+                        "(model.pretrained: CHECKPOINT) instead of resuming",
+                        key="ckpt_path",
+                    )
                 self.state[param][name] = value.to(device=param.device, copy=True)
 
 
@@ -215,8 +228,8 @@ def store(piece: Piece, weight: Tensor) -> None:
     if piece.weight.dtype != torch.bfloat16:
         piece.weight.copy_(weight)
         return
-    # One pattern for all that is no number: others could be rounded into one.
-    bits = weight.view(torch.int32).masked_fill(weight.isnan(), 0x7FC00000)
+    # Rounding 0x7FFFFFFF, a GPU's NaN, would carry into the sign and give -0.0.
+    bits = weight.view(torch.int32).masked_fill(weight.isnan(), NAN)
     high = (bits + HALF) >> 16
     piece.weight.view(torch.int16).copy_(high)
     piece.state["low_bits"].copy_(bits - (high << 16))

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 from lightning_trainer.adapters import LoraSettings, put_in
 from lightning_trainer.diagnose import memory
 from lightning_trainer.model import CompensatedAdamW, CompensatedMuon, attention
-from lightning_trainer.model.loss import CPU_CHUNK, CPU_ROWS, nats_chunked, nats_from_logits
+from lightning_trainer.model import loss as loss_module
+from lightning_trainer.model.loss import CPU_CHUNK, nats_chunked, nats_from_logits
 
 TOKENS = 256
 SHAPE = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -154,11 +155,16 @@ def _peak(step: Callable[[], None]) -> int:
 
 
 @pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("loss", ["full", "chunked"])
-def test_the_loss_takes_what_the_allocator_sees(loss: Any, frozen: bool) -> None:
-    rows, hidden, trained = 8192, 128, 2 * CPU_CHUNK
-    weight = torch.zeros(rows, hidden, requires_grad=not frozen)
-    states = torch.zeros(trained, hidden, requires_grad=True)
+def test_the_loss_takes_what_the_allocator_sees(
+    loss: Any, dtype: torch.dtype, frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, hidden, trained, exact = 8192, 128, 2 * CPU_CHUNK, 1 << 20
+    monkeypatch.setattr(loss_module, "CPU_EXACT", exact)
+    monkeypatch.setattr(loss_module, "STRETCH", 1 << 16)  # a copy that a GPU does not make
+    weight = torch.zeros(rows, hidden, dtype=dtype, requires_grad=not frozen)
+    states = torch.zeros(trained, hidden, dtype=dtype, requires_grad=True)
     targets = torch.zeros(trained, dtype=torch.int64)
 
     def step() -> None:
@@ -168,7 +174,9 @@ def test_the_loss_takes_what_the_allocator_sees(loss: Any, frozen: bool) -> None
             nats_chunked(states, weight, None, targets).backward()
 
     step()  # gradients are there from here on, and counted elsewhere
-    estimated = memory.loss_bytes(loss, hidden, rows, trained, trained, 4, frozen, (CPU_CHUNK, CPU_ROWS))
+    estimated = memory.loss_bytes(
+        loss, hidden, rows, trained, trained, dtype.itemsize, frozen, chunk=CPU_CHUNK, exact=exact
+    )
     assert estimated == pytest.approx(_peak(step), rel=0.1)
 
 

@@ -6,6 +6,7 @@ Without a GPU Triton's runs in Triton's interpreter, where Triton is installed.
 import importlib
 import logging
 import subprocess
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     if GPU.type == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     pytest.importorskip("triton")
-    step: Step = importlib.import_module("lightning_trainer.model.adamw_triton").step
+    step: Step = importlib.import_module("lightning_trainer.model.adamw_gpu").step
     return step, GPU
 
 
@@ -83,29 +84,47 @@ def test_a_gradient_that_is_not_finite_changes_nothing_where_that_is_found(kerne
     assert all(map(torch.equal, before, (param.detach(), *state.values())))
 
 
-def test_what_is_no_number_stays_none(kernel: tuple[Step, torch.device]) -> None:
+def test_nan_stays_nan(kernel: tuple[Step, torch.device]) -> None:
     step, device = kernel
     param = made((50,), 0, device)
     optimizer = CompensatedAdamW([param])
+    state = optimizer._state_of(param)
     assert param.grad is not None
-    param.grad[3], param.grad[4] = float("nan"), -float("nan")
+    param.grad[3] = float("nan")
+    # 0x7FFFFFFF and 0xFFFFFFFF: what a GPU's arithmetic gives for NaN would carry into the sign.
+    param.data.view(torch.int16)[4:6], state["low_bits"][4:6] = torch.tensor([-(1 << 15), 0]), -1
     for _ in range(2):
-        step([Piece.of(param, optimizer._state_of(param))], GROUP, None)
-        for numbers in (param.detach(), optimizer.exact_weight(param), optimizer.state[param]["exp_avg"]):
-            assert numbers.isnan().nonzero().flatten().tolist() == [3, 4]
+        step([Piece.of(param, state)], GROUP, None)
+        for numbers in (param.detach(), optimizer.exact_weight(param)):
+            assert numbers.isnan().nonzero().flatten().tolist() == [3, 4, 5]
+        assert state["exp_avg"].isnan().nonzero().flatten().tolist() == [3]
 
 
-def test_both_are_tried_out_before_they_are_used() -> None:
-    for device in {CPU, GPU}:
-        passes, kernel = _both_ways(device)
-        torch.testing.assert_close(kernel, passes, rtol=1e-6, atol=1e-6)
-        assert adamw_kernel.works_on(device, _both_ways)
+@pytest.mark.parametrize("device", sorted({CPU.type, GPU.type}))
+def test_the_trial_passes_where_the_kernel_works(device: str) -> None:
+    passes, kernel = _both_ways(torch.device(device))
+    torch.testing.assert_close(kernel, passes, rtol=1e-6, atol=1e-6)
+    assert adamw_kernel.works_on(torch.device(device), _both_ways)
+
+
+def test_autograd_sees_that_weights_have_changed() -> None:
+    param = made((4,), 0)
+    loss = (param * param).sum()
+    CompensatedAdamW([param]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 # --- C
 
 
-def test_every_bit_is_that_of_the_formula() -> None:
+@pytest.mark.parametrize("elements_per_call", [100, 1 << 18])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_every_bit_is_that_of_the_formula(
+    threads: int, elements_per_call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adamw_cpu, "ELEMENTS_PER_CALL", elements_per_call)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     param = made((1050,), 0)
     optimizer = CompensatedAdamW([param], **GROUP)
     start = param.detach().float().numpy()
@@ -125,22 +144,13 @@ def test_every_bit_is_that_of_the_formula() -> None:
             assert np.array_equal(optimizer.state[param][name].float().numpy(), moment)
 
 
-def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adamw_cpu, "MOST", 100)
-    found = []
-    for threads in (1, 3):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        params = [made(shape, seed) for seed, shape in enumerate([(1050,), (7, 30), (1,)])]
-        optimizer = CompensatedAdamW(params, **GROUP)
-        for _ in range(3):
-            optimizer.step()
-        found.append([tensor for p in params for tensor in (p.detach(), *optimizer.state[p].values())])
-    assert all(map(torch.equal, *found))
-
-
 @pytest.mark.parametrize(
     ("script", "said"),
-    [(None, "there is no C compiler (cc, gcc, clang)"), ("echo one; echo bad flag >&2; exit 1", "/cc fails: bad flag")],
+    [
+        (None, "there is no C compiler (cc, gcc, clang)"),
+        ("echo In file included >&2; echo 'fatal error: no math.h' >&2; exit 1", "/cc: fatal error: no math.h"),
+        ("exit 3", "/cc: exit status 3"),
+    ],
 )
 def test_a_compiler_that_is_missing_or_fails_is_named(
     script: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -154,15 +164,18 @@ def test_a_compiler_that_is_missing_or_fails_is_named(
     assert str(caught.value).endswith(said)
 
 
-def test_the_c_file_is_part_of_the_package(tmp_path: Path) -> None:
-    from setuptools.config.pyprojecttoml import read_configuration
-
+def test_the_c_file_is_part_of_the_package() -> None:
     root = Path(adamw_cpu.__file__).parents[2]
-    patterns = read_configuration(root / "pyproject.toml")["tool"]["setuptools"]["package-data"]["lightning_trainer"]
+    settings = tomllib.loads((root / "pyproject.toml").read_text())
+    patterns = settings["tool"]["setuptools"]["package-data"]["lightning_trainer"]
     assert adamw_cpu.SOURCE in {file for pattern in patterns for file in (root / "lightning_trainer").glob(pattern)}
-    # It says nothing at the highest level of warnings, for machines of another kind too.
-    command = ["cc", "-Wall", "-Wextra", "-Werror", "-O1", "-c", str(adamw_cpu.SOURCE), "-o", str(tmp_path / "a.o")]
-    assert subprocess.run(command, capture_output=True, text=True, check=False).stderr == ""
+
+
+def test_the_c_file_compiles_without_a_warning(tmp_path: Path) -> None:
+    warnings = ("-Wall", "-Wextra", "-Wpedantic", "-Wconversion")
+    command = ["cc", *warnings, "-c", str(adamw_cpu.SOURCE), "-o", str(tmp_path / "adamw.o")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # --- who is given to it
@@ -214,10 +227,10 @@ def test_a_kernel_that_does_not_work_is_told_of_once_and_not_used(caplog: pytest
         assert not adamw_kernel.works_on(device, broken)
     assert (calls, caplog.messages) == (
         1,
-        ["CompensatedAdamW steps without its kernel, several times slower: no C compiler"],
+        ["CompensatedAdamW steps on cuda without its kernel, several times slower: no C compiler"],
     )
     assert not adamw_kernel.works_on(device, lambda device: (torch.ones(1), torch.zeros(1)))
     assert caplog.messages[1:] == [
-        "CompensatedAdamW steps without its kernel, several times slower: on this device it comes to other numbers"
+        "CompensatedAdamW steps on cuda without its kernel, several times slower: it comes to other numbers"
     ]
     assert not adamw_kernel.works_on(torch.device("meta"), broken)

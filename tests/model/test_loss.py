@@ -7,8 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_trainer.data.collate import Collator
-from lightning_trainer.model import attention, loss, objective
+from lightning_trainer.model import loss
 
 ROWS, VOCAB, WIDTH = 700, 90, 16
 
@@ -56,6 +55,15 @@ def test_in_16_bits_neither_the_sum_nor_the_gradients_are_rounded_more_than_thos
         assert ours < 1.3 * full_error + 1e-6
 
 
+def test_the_gradient_of_a_bf16_bias_is_added_up_before_it_is_rounded() -> None:
+    hidden, weight, targets = head(torch.bfloat16, rows=3000)
+    bias = torch.linspace(-1, 1, VOCAB).bfloat16().requires_grad_()
+    got = torch.autograd.grad(loss.nats_chunked(hidden, weight, bias, targets), bias)[0]
+    logits = (F.linear(hidden, weight) + bias).double()  # rounded as the loss rounds them
+    true = torch.autograd.grad(F.cross_entropy(logits, targets, reduction="sum"), logits)[0].sum(0)
+    torch.testing.assert_close(got, true.bfloat16(), rtol=2**-7, atol=1e-3)
+
+
 def test_fp16_gradients_do_not_overflow_on_the_way() -> None:
     hidden = torch.full((128, 4), 700.0, dtype=torch.float16, requires_grad=True)
     weight = torch.zeros(16, 4, dtype=torch.float16, requires_grad=True)
@@ -97,7 +105,7 @@ def test_no_targets_is_zero_where_the_sum_of_fp16_weights_overflows() -> None:
     assert loss.nats_chunked(hidden, weight, None, torch.zeros(0, dtype=torch.int64)).item() == 0
 
 
-def test_evaluate_tokens_counts_right_guesses() -> None:
+def test_evaluation_counts_right_guesses() -> None:
     hidden, weight, targets = head()
     nats, right = loss.evaluate_chunked(hidden, weight, None, targets)
     logits = F.linear(hidden, weight)
@@ -108,25 +116,33 @@ def test_evaluate_tokens_counts_right_guesses() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_that_is_kept_changes_nothing(dtype: torch.dtype) -> None:
-    memory = loss.ChunkMemory()
+def test_a_buffer_that_is_kept_changes_nothing(dtype: torch.dtype) -> None:
+    buffer = loss.LogitsBuffer()
     with torch.inference_mode():  # as `trainer.validate` before `trainer.fit`
         hidden, weight, targets = head(dtype, rows=300)
-        kept = [x.item() for x in loss.evaluate_chunked(hidden, weight, None, targets, memory)]
+        kept = [x.item() for x in loss.evaluate_chunked(hidden, weight, None, targets, buffer)]
         assert kept == [x.item() for x in loss.evaluate_chunked(hidden, weight, None, targets)]
-    begins_at = memory.rows(1, weight).data_ptr()
+    begins_at = buffer.rows(1, weight).data_ptr()
     for rows in (300, 20, ROWS):
         hidden, weight, targets = head(dtype, rows)
-        nats = [loss.nats_chunked(hidden, weight, None, targets, memory=each) for each in (memory, None)]
+        nats = [loss.nats_chunked(hidden, weight, None, targets, buffer=each) for each in (buffer, None)]
         grads = [torch.autograd.grad(each, (hidden, weight)) for each in nats]
         assert torch.equal(*nats)
         assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-        assert memory.rows(1, weight).data_ptr() == begins_at
-    wide = torch.zeros(2 * VOCAB, WIDTH, dtype=dtype)
-    assert memory.rows(3, wide).shape == (3, 2 * VOCAB)
+        assert buffer.rows(1, weight).data_ptr() == begins_at
 
 
-def test_a_target_without_probability_costs_what_it_costs() -> None:
+def test_a_buffer_is_of_the_layers_shape_dtype_and_device_and_is_not_copied() -> None:
+    buffer, weight = loss.LogitsBuffer(), torch.zeros(VOCAB, WIDTH)
+    begins_at = buffer.rows(8, weight).data_ptr()
+    assert buffer.rows(3, weight).data_ptr() == begins_at
+    assert copy.deepcopy(buffer).rows(3, weight).data_ptr() != begins_at
+    for other in (torch.zeros(2 * VOCAB, WIDTH), weight.bfloat16(), weight.to("meta")):
+        rows = buffer.rows(3, other)
+        assert (rows.shape, rows.dtype, rows.device) == ((3, len(other)), other.dtype, other.device)
+
+
+def test_a_target_of_probability_zero() -> None:
     hidden = torch.tensor([[1000.0], [-1000.0], [0.5]], requires_grad=True)
     weight, targets = torch.tensor([[1.0], [-1.0], [0.0]], requires_grad=True), torch.tensor([1, 0, 2])
     nats = loss.nats_chunked(hidden, weight, None, targets)
@@ -134,103 +150,3 @@ def test_a_target_without_probability_costs_what_it_costs() -> None:
     assert nats.item() == pytest.approx(4000 + third.item(), rel=1e-6)
     want = torch.autograd.grad(F.cross_entropy(hidden @ weight.T, targets, reduction="sum"), weight)[0]
     torch.testing.assert_close(torch.autograd.grad(nats, weight)[0], want)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("name", ["chunked", "full"])
-def test_batch_loss_is_the_sum_of_transformers_own(tiny_config: Any, name: Any, packed: bool, tied: bool) -> None:
-    from transformers import AutoModelForCausalLM
-
-    from lightning_trainer.model import CausalLMModule
-
-    attention.register()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = tiny_config(tie_word_embeddings=tied, initializer_range=0.2)
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation="sdpa")
-    plain = copy.deepcopy(model)
-    if packed:
-        model.set_attn_implementation(attention.PACKED)
-    rows = make_rows()
-    module = CausalLMModule("unused", loss=name)
-    module.model = model
-    nats = module.nats(Collator(rows, packed, pad_id=0)(range(len(rows)), step_tokens=1))
-    nats.backward()
-
-    total = torch.zeros(())
-    for ids, marks in rows:
-        labels = torch.tensor([i if m else -100 for i, m in zip(ids.tolist(), marks.tolist(), strict=True)])[None]
-        if marks.any():
-            mean = plain(input_ids=torch.from_numpy(ids).long()[None], labels=labels, use_cache=False).loss
-            total = total + mean * int(marks.sum())
-    total.backward()
-    assert float(nats.detach()) == pytest.approx(float(total.detach()), rel=1e-6, abs=1e-5)
-    for (key, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
-
-
-def make_rows() -> Any:
-    """Unequal lengths and trained parts; one row with nothing trained."""
-    import numpy as np
-
-    rng = np.random.default_rng(0)
-    rows = []
-    for length, trained_from in ((9, 4), (3, 1), (17, 16), (6, 6), (12, 1)):
-        marks = (np.arange(length) >= trained_from).astype(np.uint8)
-        rows.append((rng.integers(0, 384, length).astype(np.int32), marks))
-    return rows
-
-
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "pad_token_id": 0,
-}
-
-
-def small(name: str, **changes: Any) -> Any:
-    import transformers
-
-    config = getattr(transformers, f"{name}Config")(**{**SMALL, **changes})
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "reason"),
-    [
-        ("Gemma2", {}, "final_logit_softcapping=30.0"),
-        ("Cohere", {}, "logit_scale=0.0625"),
-        ("Granite", {"logits_scaling": 8.0}, "logits_scaling=8.0"),
-        pytest.param("RecurrentGemma", {"lru_width": 16, "num_hidden_layers": 3}, "logits_soft_cap=30.0"),
-    ],
-)
-def test_models_that_change_their_logits_are_named(name: str, changes: dict[str, Any], reason: str) -> None:
-    why = objective.why_not_chunked(small(name, **changes))
-    assert why is not None
-    assert reason in why
-
-
-def test_models_without_a_backbone_of_their_own_are_named() -> None:
-    """`base_model` of Llama 4's text model is the model itself: it gives logits, no hidden states."""
-    model = small("Llama4Text", num_local_experts=2, intermediate_size_mlp=16)
-    assert model.base_model is model
-    assert objective.why_not_chunked(model) is not None
-
-
-@pytest.mark.parametrize("name", ["Qwen3", "Llama", "Gemma", "Mistral", "Granite", "Gemma3Text"])
-def test_models_that_take_chunked_give_the_logits_it_assumes(name: str) -> None:
-    model = small(name)
-    ids = torch.arange(8)[None]
-    assert objective.why_not_chunked(model) is None
-    with torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False).logits
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    torch.testing.assert_close(logits, model.get_output_embeddings()(hidden))

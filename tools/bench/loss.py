@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from measure import Row, interleaved, ratios
 from torch import Tensor
 
-from lightning_trainer.model.loss import ChunkMemory, evaluate_chunked, nats_chunked
+from lightning_trainer.model.loss import LogitsBuffer, evaluate_chunked, nats_chunked
 from lightning_trainer.types import IGNORE_INDEX
 
 TOKENS, HIDDEN, VOCABULARY, TRAINED = 1024, 128, 151_936, 0.45
@@ -34,7 +34,7 @@ class Case:
         labels: (T,) int64; -100 where the token is not trained on.
         predict_at: (N,) places of those that are.
         targets: (N,) their labels.
-        memory: Kept from step to step, as in `fit`.
+        buffer: Kept from step to step, as in `fit`.
     """
 
     hidden: Tensor
@@ -42,7 +42,7 @@ class Case:
     labels: Tensor
     predict_at: Tensor
     targets: Tensor
-    memory: ChunkMemory = field(default_factory=ChunkMemory)
+    buffer: LogitsBuffer = field(default_factory=LogitsBuffer)
 
     def full(self) -> Tensor:
         """Sum of nats by full logits."""
@@ -51,7 +51,7 @@ class Case:
 
     def ours(self) -> Tensor:
         """The same by ours."""
-        return nats_chunked(self.hidden[self.predict_at], self.weight, None, self.targets, memory=self.memory)
+        return nats_chunked(self.hidden[self.predict_at], self.weight, None, self.targets, buffer=self.buffer)
 
     @torch.no_grad()
     def evaluate_full(self) -> tuple[Tensor, Tensor]:
@@ -62,7 +62,7 @@ class Case:
 
     def evaluate_ours(self) -> tuple[Tensor, Tensor]:
         """The same by ours."""
-        return evaluate_chunked(self.hidden[self.predict_at], self.weight, None, self.targets, self.memory)
+        return evaluate_chunked(self.hidden[self.predict_at], self.weight, None, self.targets, self.buffer)
 
     def learn(self, loss: Callable[[], Tensor]) -> None:
         """Forward and backward, from no gradient."""
@@ -130,7 +130,7 @@ def evaluation_rows(dtype: torch.dtype, rounds: int) -> Iterator[Row]:
 
 def _from_nothing(case: Case, act: Callable[[], object]) -> int:
     case.hidden.grad = case.weight.grad = None
-    case.memory = ChunkMemory()
+    case.buffer = LogitsBuffer()
     return peak_bytes(act)
 
 
