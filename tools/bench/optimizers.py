@@ -68,7 +68,7 @@ def compared(name: str, dtype: torch.dtype, rounds: int, device: str) -> Row:
 def run(quick: bool) -> list[Row]:
     """The table."""
     torch.set_num_threads(1)
-    rounds = 7 if quick else 25
+    rounds = 15 if quick else 41
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     return [
         compared(name, dtype, rounds, device)
