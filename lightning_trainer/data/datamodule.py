@@ -389,8 +389,8 @@ class ChatDataModule(lightning.LightningDataModule):
         dropped = report["too_long"] + report["too_short"]
         if dropped > DROPPED_WARNING * report["read"]:
             rank_zero_warn(
-                f"{name}: {dropped} of {report['read']} rows dropped: over max_length {self.max_length} "
-                f"{report['too_long']}, under min_length {self.min_length} {report['too_short']}"
+                f"{name}: {dropped} of {report['read']} rows dropped: {report['too_long']} over max_length "
+                f"{self.max_length}, {report['too_short']} under min_length {self.min_length}"
             )
 
 
