@@ -184,13 +184,13 @@ def loss_bytes(
     """What the loss holds at its peak, besides the activations; on a GPU, unless `chunk` and `exact` say otherwise.
 
     `full`: the fp32 log-softmax of the trained tokens' logits, its gradient and theirs, 12 NV; or, later, the gradient
-    of all logits, TVs + NVs. `chunked`: logits of a chunk; probabilities of a few of them in fp32, and under 16 bits
-    their logits too; the output layer's gradient in fp32, VC4, and under 16 bits a chunk's part of it; that of N hidden
+    of all logits, TVs + NVs. `chunked`: logits of a chunk; probabilities of a few of them in fp32, and in 16 bits
+    their logits too; the output layer's gradient in fp32, VC4, and in 16 bits a chunk's part of it; that of N hidden
     states. A frozen output layer has none.
     """
     if loss == "full":
         return max(trained * rows * 12, (tokens + trained) * rows * itemsize)
-    few = min(trained, exact // rows) * (4 if itemsize == 4 else 8)
+    few = min(trained, chunk, max(1, exact // rows)) * (4 if itemsize == 4 else 8)
     layer = 0 if frozen else rows * hidden * (4 + (itemsize if itemsize < 4 else 0))
     return (min(trained, chunk) * itemsize + few) * rows + layer + trained * hidden * itemsize
 

@@ -37,11 +37,10 @@ def step(pieces: Sequence[Piece], group: dict[str, Any], found_inf: Tensor | Non
     for piece in pieces:
         piece.state["step"] += 1
     adamw, calls = kernel(), [call for piece in pieces for call in _calls(piece, group)]
-    threads = min(torch.get_num_threads(), len(calls))
-    if threads <= 1:
-        _make(adamw, iter(calls), pieces)
+    threads, left = torch.get_num_threads(), iter(calls)
+    if threads == 1 or len(calls) == 1:
+        _make(adamw, left, pieces)
         return
-    left = iter(calls)
     running = [_pool(threads).submit(_make, adamw, left, pieces) for _ in range(threads)]
     try:
         for thread in running:
@@ -84,6 +83,7 @@ def kernel() -> Callable[..., None]:
 
     Raises:
         RuntimeError: There is no compiler, or it fails.
+        subprocess.TimeoutExpired: It does not end.
         OSError: What it made can't be loaded.
     """
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)

@@ -1,4 +1,4 @@
-"""Which kernel makes a step of CompensatedAdamW: in it every number is read once and written once.
+"""Which kernel makes a step of CompensatedAdamW: one pass, in which each number is read and written once at most.
 
 In torch the same takes some fifteen passes over the memory. A GPU's kernel is in Triton, which comes with torch's
 builds for GPUs; a CPU's is in C. Where Triton or a compiler is missing or does not work, which is tried out on the
@@ -79,7 +79,7 @@ def works_on(device: torch.device, reference: Callable[[torch.device], tuple[Ten
         reason = "" if same else "it comes to other numbers"
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # no Triton, no compiler, a device it does not know: never a run's end
+    except Exception as error:  # no Triton, no compiler, a device it does not know: the passes take its place
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
     if reason:
         log.warning("CompensatedAdamW steps on %s without its kernel, several times slower: %s", device, reason)

@@ -337,8 +337,8 @@ class CausalLMModule(lightning.LightningModule):
         if self._run_dtype() == torch.float16:
             rank_zero_warn("16-true skips steps that overflow and counts them; bf16-true needs no such care")
         optimizer = self.trainer.optimizers[0]
-        if isinstance(optimizer, CompensatedAdamW):  # all ranks or none: the last bits differ
-            optimizer.kernel = self.trainer.strategy.reduce_boolean_decision(optimizer.kernel_works(), all=True)
+        if isinstance(optimizer, CompensatedAdamW):
+            self._agree_on_kernel(optimizer)
         for group, fresh in zip(optimizer.param_groups, self._fresh, strict=True):
             scheduled = {"lr": group["lr"]}
             group.update({**fresh, **scheduled})
@@ -346,6 +346,15 @@ class CausalLMModule(lightning.LightningModule):
             if isinstance(config.scheduler, StepSchedule):
                 config.scheduler.base_lrs = [group.get("initial_lr", group["lr"]) for group in self._fresh]
                 config.scheduler.apply()
+
+    def _agree_on_kernel(self, optimizer: CompensatedAdamW) -> None:
+        works = optimizer.kernel_works()
+        # All ranks or none: the last bits differ.
+        optimizer.kernel = self.trainer.strategy.reduce_boolean_decision(works, all=True)
+        if works and not optimizer.kernel:
+            rank_zero_warn(
+                "CompensatedAdamW steps without its kernel, several times slower: another rank cannot use it"
+            )
 
     def save_pretrained(self, directory: Path) -> None:
         """Write what transformers loads: the model, or the adapters alone (which peft loads too); and the tokenizer."""

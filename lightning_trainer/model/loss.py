@@ -179,16 +179,13 @@ class _Gradients:
             scale: On all of them.
         """
         if self.hidden is not None:
-            torch.addmm(self.hidden[part], logits, self._layer, beta=0, alpha=scale, out=self.hidden[part])
+            self.hidden[part].addmm_(logits, self._layer, beta=0, alpha=scale)
         if self.weight is not None:
             keep = 0.0 if part.start == 0 else 1.0
             if self._product is None:
                 self.weight.addmm_(logits.T, self._inputs[part], beta=keep, alpha=scale)
             else:
-                product = torch.addmm(
-                    self._product, logits.T, self._inputs[part], beta=0, alpha=scale, out=self._product
-                )
-                _add_(self.weight, product, keep)
+                _add_(self.weight, self._product.addmm_(logits.T, self._inputs[part], beta=0, alpha=scale), keep)
 
 
 def _add_(total: Tensor, product: Tensor, keep: float) -> None:
@@ -255,7 +252,7 @@ def evaluate(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 def _total(nats: list[Tensor], device: torch.device) -> Tensor:
     # All at once, pairwise: one after the other they would be rounded as often as there are parts.
-    return torch.stack(nats).sum() if nats else torch.zeros((), device=device)
+    return torch.stack(nats).sum() if nats else torch.zeros((), dtype=torch.float32, device=device)
 
 
 class _Rows(NamedTuple):

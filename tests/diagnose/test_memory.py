@@ -155,12 +155,13 @@ def _peak(step: Callable[[], None]) -> int:
 
 
 @pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("exact", [1 << 20, 1 << 26])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("loss", ["full", "chunked"])
 def test_the_loss_takes_what_the_allocator_sees(
-    loss: Any, dtype: torch.dtype, frozen: bool, monkeypatch: pytest.MonkeyPatch
+    loss: Any, dtype: torch.dtype, exact: int, frozen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, hidden, trained, exact = 8192, 128, 2 * CPU_CHUNK, 1 << 20
+    rows, hidden, trained = 8192, 128, 2 * CPU_CHUNK
     monkeypatch.setattr(loss_module, "CPU_EXACT", exact)
     monkeypatch.setattr(loss_module, "STRETCH", 1 << 16)  # a copy that a GPU does not make
     weight = torch.zeros(rows, hidden, dtype=dtype, requires_grad=not frozen)

@@ -5,6 +5,7 @@ Without a GPU Triton's runs in Triton's interpreter, where Triton is installed.
 
 import importlib
 import logging
+import shutil
 import subprocess
 import tomllib
 from collections.abc import Callable, Iterator
@@ -21,12 +22,15 @@ from lightning_trainer.model.optim import CompensatedAdamW, Piece, _both_ways
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+COMPILER = next(filter(None, map(shutil.which, adamw_cpu.COMPILERS)), None)
 GROUP: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 Step = Callable[..., None]
 
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler")
 
-@pytest.fixture(params=["c", "triton"])
+
+@pytest.fixture(params=[pytest.param("c", marks=needs_compiler), "triton"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Step, torch.device]:
     """A kernel's step, and a device it runs on."""
     if request.param == "c":
@@ -100,6 +104,7 @@ def test_nan_stays_nan(kernel: tuple[Step, torch.device]) -> None:
         assert state["exp_avg"].isnan().nonzero().flatten().tolist() == [3]
 
 
+@needs_compiler
 @pytest.mark.parametrize("device", sorted({CPU.type, GPU.type}))
 def test_the_trial_passes_where_the_kernel_works(device: str) -> None:
     passes, kernel = _both_ways(torch.device(device))
@@ -118,6 +123,7 @@ def test_autograd_sees_that_weights_have_changed() -> None:
 # --- C
 
 
+@needs_compiler
 @pytest.mark.parametrize("elements_per_call", [100, 1 << 18])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_every_bit_is_that_of_the_formula(
@@ -142,6 +148,19 @@ def test_every_bit_is_that_of_the_formula(
         assert np.array_equal(optimizer.exact_weight(param).numpy(), weight)
         for name, moment in (("exp_avg", first), ("exp_avg_sq", second)):
             assert np.array_equal(optimizer.state[param][name].float().numpy(), moment)
+
+
+@needs_compiler
+def test_what_goes_wrong_in_a_thread_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object) -> None:
+        raise OSError("broken")
+
+    monkeypatch.setattr(adamw_cpu, "kernel", lambda: broken)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    param = made((4,), 0)
+    state = CompensatedAdamW([param])._state_of(param)
+    with pytest.raises(OSError, match="broken"):
+        adamw_cpu.step([Piece.of(param, state)] * 2, GROUP, None)
 
 
 @pytest.mark.parametrize(
@@ -171,9 +190,10 @@ def test_the_c_file_is_part_of_the_package() -> None:
     assert adamw_cpu.SOURCE in {file for pattern in patterns for file in (root / "lightning_trainer").glob(pattern)}
 
 
+@needs_compiler
 def test_the_c_file_compiles_without_a_warning(tmp_path: Path) -> None:
     warnings = ("-Wall", "-Wextra", "-Wpedantic", "-Wconversion")
-    command = ["cc", *warnings, "-c", str(adamw_cpu.SOURCE), "-o", str(tmp_path / "adamw.o")]
+    command = [str(COMPILER), *warnings, "-c", str(adamw_cpu.SOURCE), "-o", str(tmp_path / "adamw.o")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -192,6 +212,10 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     return weights
 
 
+class Wrapper(Tensor):
+    """Of a class that may keep its numbers elsewhere."""
+
+
 def test_plain_bf16_weights_are_given_to_the_kernel_and_others_are_not(taken: list[Tensor]) -> None:
     fits, wide, gaps = made((4, 4), 0), nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4, 4).bfloat16().t()[:2])
     other_grad = made((4,), 1)
@@ -204,10 +228,20 @@ def test_plain_bf16_weights_are_given_to_the_kernel_and_others_are_not(taken: li
     assert not torch.equal(wide, torch.ones(4))
     assert not torch.equal(gaps, torch.ones(2, 4).bfloat16())
     optimizer = CompensatedAdamW([other_grad], lr=0.1)
-    for name, strange in (("exp_avg", torch.zeros(4)), ("low_bits", torch.zeros(2, dtype=torch.int16))):
-        state = dict(optimizer._state_of(other_grad)) | {name: strange}
-        assert not adamw_kernel.fits(other_grad, state, optimizer.param_groups[0])
-    assert adamw_kernel.fits(other_grad, optimizer._state_of(other_grad), optimizer.param_groups[0])
+    state, group = optimizer._state_of(other_grad), optimizer.param_groups[0]
+    assert adamw_kernel.fits(other_grad, state, group)
+    assert not adamw_kernel.fits(other_grad, state, group | {"lr": torch.tensor(0.1)})
+    for name, strange in (
+        ("exp_avg", torch.zeros(4)),
+        ("exp_avg_sq", torch.zeros(4, dtype=torch.bfloat16, device="meta")),
+        ("low_bits", torch.zeros(2, dtype=torch.int16)),
+        ("low_bits", torch.zeros(4, dtype=torch.int32)),
+    ):
+        assert not adamw_kernel.fits(other_grad, state | {name: strange}, group)
+    assert not adamw_kernel.fits(nn.Parameter(Wrapper(other_grad.data)), state, group)
+    other_grad.grad = torch.ones(4).bfloat16().to_sparse()
+    assert not adamw_kernel.fits(other_grad, state, group)
+    other_grad.grad = made((4,), 1).grad
     optimizer.grad_scale = torch.tensor(2.0)
     optimizer.step()
     assert len(taken) == 1
@@ -234,3 +268,21 @@ def test_a_kernel_that_does_not_work_is_told_of_once_and_not_used(caplog: pytest
         "CompensatedAdamW steps on cuda without its kernel, several times slower: it comes to other numbers"
     ]
     assert not adamw_kernel.works_on(torch.device("meta"), broken)
+
+
+def test_a_full_device_is_not_taken_for_a_kernel_that_does_not_work() -> None:
+    def full(device: torch.device) -> tuple[Tensor, Tensor]:
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        adamw_kernel.works_on(torch.device("cuda"), full)
+
+
+def test_it_works_where_it_works_for_all_bf16_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    bf16 = [nn.Parameter(torch.zeros(2, dtype=torch.bfloat16, device=device)) for device in ("cpu", "meta")]
+    optimizer = CompensatedAdamW([*bf16, nn.Parameter(torch.zeros(2))])
+    for works in ({"cpu"}, {"cpu", "meta"}):
+        monkeypatch.setattr(adamw_kernel, "works_on", lambda device, reference, works=works: device.type in works)
+        assert optimizer.kernel_works() == (works == {"cpu", "meta"})
+    optimizer.kernel = False
+    assert not optimizer.kernel_works()

@@ -16,7 +16,7 @@ from lightning_trainer import pretrained
 from lightning_trainer.adapters import LoraSettings
 from lightning_trainer.data.collate import Collator
 from lightning_trainer.data.sampler import Layout, plan_epoch
-from lightning_trainer.model import CausalLMModule, WarmupConstant, attention
+from lightning_trainer.model import CausalLMModule, CompensatedAdamW, WarmupConstant, attention
 from lightning_trainer.precision import SingleDtypePrecision
 from lightning_trainer.types import Batch, InputError
 
@@ -457,3 +457,22 @@ def test_inputs_are_not_changed(tiny_model_dir: Path) -> None:
     module.nats(batch)
     for name, value in vars(batch).items():
         assert torch.equal(value, before[name]) if isinstance(value, torch.Tensor) else value == before[name]
+
+
+def test_one_rank_that_cannot_use_the_kernel_keeps_all_from_it(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[bool, bool]] = []
+
+    def another_cannot(strategy: Any, decision: bool, all: bool = True) -> bool:
+        asked.append((decision, all))
+        return False
+
+    monkeypatch.setattr("lightning.pytorch.strategies.SingleDeviceStrategy.reduce_boolean_decision", another_cannot)
+    monkeypatch.setattr(CompensatedAdamW, "kernel_works", lambda self: True)
+    module = CausalLMModule(str(tiny_model_dir), optimizer=CompensatedAdamW, lr_scheduler=flat)
+    trainer = make_trainer(tmp_path, precision="bf16-true")
+    with pytest.warns(UserWarning, match="a rank cannot use it"):
+        trainer.fit(module, Planned(token_rows(2), [[[0, 1]]]))
+    assert (True, True) in asked
+    assert not trainer.optimizers[0].kernel  # type: ignore[attr-defined]

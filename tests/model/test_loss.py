@@ -12,6 +12,12 @@ from lightning_trainer.model import loss
 ROWS, VOCAB, WIDTH = 700, 90, 16
 
 
+@pytest.fixture(autouse=True)
+def _several_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As at a real vocabulary: a chunk is taken to probabilities a few rows at a time, fewer at its end."""
+    monkeypatch.setattr(loss, "CPU_EXACT", VOCAB * 7 + 3)
+
+
 def head(dtype: torch.dtype = torch.float32, rows: int = ROWS) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(rows, WIDTH, generator=generator).to(dtype).requires_grad_()
@@ -140,6 +146,8 @@ def test_a_buffer_is_of_the_layers_shape_dtype_and_device_and_is_not_copied() ->
     for other in (torch.zeros(2 * VOCAB, WIDTH), weight.bfloat16(), weight.to("meta")):
         rows = buffer.rows(3, other)
         assert (rows.shape, rows.dtype, rows.device) == ((3, len(other)), other.dtype, other.device)
+    assert buffer._kept is not None
+    assert buffer._kept.device.type == "cpu"  # a GPU's is its allocator's
 
 
 def test_a_target_of_probability_zero() -> None:

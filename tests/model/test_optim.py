@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from lightning_trainer.model import optim
 from lightning_trainer.model.optim import CompensatedAdamW
+from lightning_trainer.types import InputError
 
 BETAS = (0.9, 0.95)
 
@@ -341,3 +343,39 @@ def _loss_fp32(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Of the weights, not of the arithmetic: an fp32 copy's."""
     with torch.no_grad():
         return copy.deepcopy(model).float()(input_ids=ids, labels=ids, use_cache=False).loss
+
+
+def test_the_state_of_a_weight_of_another_shape_is_refused() -> None:
+    saved = CompensatedAdamW(params := params_of(torch.bfloat16))
+    set_grads(params, 0)
+    saved.step()
+    for name, value in (("exp_avg", torch.zeros(5, 7).bfloat16()), ("low_bits", torch.zeros((), dtype=torch.int16))):
+        state = copy.deepcopy(saved.state_dict())
+        state["state"][0][name] = value
+        with pytest.raises(InputError, match=f"{name} of the optimizer state has the shape .*, its weight .7, 5."):
+            CompensatedAdamW(params_of(torch.bfloat16)).load_state_dict(state)
+
+
+def test_weights_that_are_spread_out_are_stepped_right(tmp_path: Path) -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    plain = params_of(torch.bfloat16)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        spread = [torch.nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)])) for p in plain]
+        first, second = CompensatedAdamW(plain, lr=1e-3), CompensatedAdamW(spread, lr=1e-3)
+        first.kernel = False
+        for step in range(3):
+            set_grads(plain, step)
+            for one, other in zip(plain, spread, strict=True):
+                other.grad = distribute_tensor(one.grad.clone(), mesh, [Shard(0)])
+            first.step()
+            second.step()
+        for one, other in zip(plain, spread, strict=True):
+            assert torch.equal(second.exact_weight(other).full_tensor(), first.exact_weight(one))
+            assert torch.equal(other.detach().full_tensor(), one.detach())
+    finally:
+        dist.destroy_process_group()
