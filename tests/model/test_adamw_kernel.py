@@ -238,7 +238,9 @@ def test_plain_bf16_weights_are_given_to_the_kernel_and_others_are_not(taken: li
         ("low_bits", torch.zeros(4, dtype=torch.int32)),
     ):
         assert not adamw_kernel.fits(other_grad, state | {name: strange}, group)
-    assert not adamw_kernel.fits(nn.Parameter(Wrapper(other_grad.data)), state, group)
+    wrapped = nn.Parameter(Wrapper(other_grad.data))
+    wrapped.grad = other_grad.grad
+    assert not adamw_kernel.fits(wrapped, state, group)
     other_grad.grad = torch.ones(4).bfloat16().to_sparse()
     assert not adamw_kernel.fits(other_grad, state, group)
     other_grad.grad = made((4,), 1).grad
