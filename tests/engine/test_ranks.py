@@ -19,6 +19,8 @@ import torch
 from fork_server import ForkServer, Job
 from forked_ranks import REPORT, SENT, Report
 
+slow = pytest.mark.slow
+
 TWO = ("--trainer.strategy", "ddp", "--trainer.devices", "2")
 
 SOON = 40.0
@@ -153,7 +155,9 @@ def test_two_ranks_are_one_process_with_twice_the_batch(
 
 
 @pytest.mark.parametrize(
-    ("by", "to"), [(0, [1]), (1, [0]), (1, [0, 1]), (1, [1])], ids=lambda value: str(value).replace(" ", "")
+    ("by", "to"),
+    [(0, [1]), (1, [0]), pytest.param(1, [0, 1], marks=slow), pytest.param(1, [1], marks=slow)],
+    ids=lambda value: str(value).replace(" ", ""),
 )
 def test_a_rank_that_is_stopped_stops_the_run_and_it_goes_on_bit_identically(
     by: int,
@@ -199,8 +203,18 @@ def test_a_signal_in_a_validation_is_answered_there(
     assert differences(straight, tmp_path / "run") == []
 
 
-@pytest.mark.parametrize("to", [[0], [1], [0, 1]], ids=str)
-@pytest.mark.parametrize("when", ["long_preparation", "late_rank_1"])
+@pytest.mark.parametrize(
+    ("when", "to"),
+    [
+        ("long_preparation", [0]),
+        pytest.param("long_preparation", [1], marks=slow),
+        pytest.param("long_preparation", [0, 1], marks=slow),
+        pytest.param("late_rank_1", [0], marks=slow),
+        ("late_rank_1", [1]),
+        ("late_rank_1", [0, 1]),
+    ],
+    ids=str,
+)
 def test_a_signal_before_training_ends_the_run_at_once(
     when: str, to: list[int], dropout_job: Callable[..., Path], runs: Runs, tmp_path: Path
 ) -> None:
