@@ -13,6 +13,7 @@ torch's fused AdamW in fp32: `adamw_kernel` does it, or else torch itself on a b
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -30,7 +31,6 @@ BUCKET, CPU_BUCKET = 1 << 24, 1 << 18
 """Weights updated at once: bounds the fp32 temporaries to 16 bytes x this, 256 MiB; on a CPU to its caches."""
 
 HALF = 1 << 15
-NAN = 0x7FC00000
 
 
 class CompensatedAdamW(Optimizer):
@@ -229,11 +229,11 @@ def store(piece: Piece, weight: Tensor) -> None:
     if piece.weight.dtype != torch.bfloat16:
         piece.weight.copy_(weight)
         return
-    # Rounding 0x7FFFFFFF, a GPU's NaN, would carry into the sign and give -0.0.
-    bits = weight.view(torch.int32).masked_fill(weight.isnan(), NAN)
-    high = torch.bitwise_right_shift(bits + HALF, 16)  # DTensor takes `>>` for nothing at all
+    # NaN becomes 0x7FC00000: rounding a GPU's 0x7FFFFFFF would carry into the sign and give -0.0.
+    bits = weight.nan_to_num(math.nan, math.inf, -math.inf).view(torch.int32)
+    high = (bits + HALF).bitwise_right_shift_(16)  # DTensor takes `>>` for nothing at all
     piece.weight.view(torch.int16).copy_(high)
-    piece.state["low_bits"].copy_(bits - torch.bitwise_left_shift(high, 16))
+    piece.state["low_bits"].copy_(bits.sub_(high.bitwise_left_shift_(16)))
 
 
 def _buckets(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

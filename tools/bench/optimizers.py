@@ -46,15 +46,17 @@ def parameters(name: str, dtype: torch.dtype, device: str) -> list[Tensor]:
     return made
 
 
-def compared(name: str, dtype: torch.dtype, rounds: int, device: str) -> Row:
-    """Ours / torch's, step by step."""
+def compared(name: str, dtype: torch.dtype, rounds: int, device: str, kernel: bool = True) -> Row:
+    """Ours / torch's, step by step; with or without our kernel."""
     settings = {"lr": 1e-5, "betas": (0.9, 0.95), "weight_decay": 0.0}
     made: dict[str, Callable[[list[Tensor]], Optimizer]] = {
         "torch": lambda params: AdamW(params, fused=True, **settings),
         "ours": lambda params: CompensatedAdamW(params, **settings),
     }
     params = {arm: parameters(name, dtype, device) for arm in made}
-    steps = {arm: make(params[arm]).step for arm, make in made.items()}
+    optimizers = {arm: make(params[arm]) for arm, make in made.items()}
+    optimizers["ours"].kernel = kernel  # type: ignore[attr-defined]
+    steps = {arm: optimizer.step for arm, optimizer in optimizers.items()}
     if device == "cpu":
         seconds = interleaved(steps, rounds, warmup=3)
     else:
@@ -62,7 +64,9 @@ def compared(name: str, dtype: torch.dtype, rounds: int, device: str) -> Row:
         seconds = interleaved(waited, rounds, warmup=3, clock=time.perf_counter)
     count = sum(param.numel() for param in params["ours"])
     what = f"{device}, {str(dtype).removeprefix('torch.')}, {count / 1e6:.1f} M parameters"
-    return Row(what, ratios(seconds["ours"], seconds["torch"]), at_most=MOST, note="time of a step, ours / torch's")
+    what += "" if kernel else ", no kernel"
+    bound = MOST if kernel else None
+    return Row(what, ratios(seconds["ours"], seconds["torch"]), at_most=bound, note="time of a step, ours / torch's")
 
 
 def run(quick: bool) -> list[Row]:
@@ -70,10 +74,11 @@ def run(quick: bool) -> list[Row]:
     torch.set_num_threads(1)
     rounds = 15 if quick else 41
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    return [
+    rows = [
         compared(name, dtype, rounds, device)
         for device in devices
         for name in SHAPES
         if device == "cuda" or name != LARGE
         for dtype in (torch.float32, torch.bfloat16)
     ]
+    return [*rows, *(compared("7M", torch.bfloat16, rounds, device, kernel=False) for device in devices)]
