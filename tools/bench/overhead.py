@@ -251,5 +251,5 @@ def run(quick: bool) -> list[Row]:
     """The table."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
-        job = Job(Path(name), 1_000 if quick else 4_000)
+        job = Job(Path(name), 3_000 if quick else 8_000)
         return [*step_rows(job), *hook_rows(job)]
