@@ -81,20 +81,29 @@ class Turns:
 
     async def take(self, urgent: bool = False) -> None:
         """Wait for the turn; `give` it back."""
-        if not self._taken:
-            self._taken = True
-            return
-        place = asyncio.get_running_loop().create_future()
-        (self._waiting.appendleft if urgent else self._waiting.append)(place)
+        place = self.enter(urgent)
         try:
             await place
-        except asyncio.CancelledError:
-            if place.cancelled():
-                if place in self._waiting:
-                    self._waiting.remove(place)
-            else:  # the turn was handed over in the same moment
-                self.give()
+        except BaseException:
+            self.leave(place)
             raise
+
+    def enter(self, urgent: bool = False) -> asyncio.Future[None]:
+        """Take a place at once; to be awaited, which is having the turn, or left by `leave`."""
+        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if self._taken:
+            (self._waiting.appendleft if urgent else self._waiting.append)(place)
+        else:
+            self._taken = True
+            place.set_result(None)
+        return place
+
+    def leave(self, place: asyncio.Future[None]) -> None:
+        """Not to have the turn after all, whether it has come meanwhile or not."""
+        if place.done() and not place.cancelled():
+            self.give()
+        elif place in self._waiting:
+            self._waiting.remove(place)
 
     def give(self) -> None:
         """Hand the turn to the next."""

@@ -105,10 +105,15 @@ class Conversation:
     async def hold(self, prompts: list[PreviewRequest], sampling: SamplingParams) -> None:
         """Wait for the turn, generate, tell."""
         host, came = self._host, time.monotonic()
-        await self._tell([pb.GenerateEvent(queued=pb.Queued(position=host.turns.waiting + host.turns.taken))])
         loop = asyncio.get_running_loop()
         answering = Answering(len(prompts), sampling.stop_token_ids, self._request.stream_every_tokens, loop)
-        await host.turns.take()
+        ahead, place = host.turns.waiting + host.turns.taken, host.turns.enter()
+        try:
+            await self._tell([pb.GenerateEvent(queued=pb.Queued(position=ahead))])
+            await place
+        except BaseException:
+            host.turns.leave(place)
+            raise
         waited = time.monotonic() - came
         ref, future = self._set_off(prompts, sampling, answering)
         try:

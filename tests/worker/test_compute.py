@@ -52,6 +52,25 @@ def test_a_turn_is_not_lost_with_who_waited_for_it(handed_over: bool) -> None:
     assert asyncio.run(scene()) == ["last"]
 
 
+def test_a_place_is_taken_at_once_and_can_be_left_before_and_after_its_turn_has_come() -> None:
+    async def scene() -> None:
+        turns = Turns()
+        places = []
+        for ahead in range(4):
+            assert turns.waiting + turns.taken == ahead
+            places.append(turns.enter())
+        turns.leave(places[1])  # its turn has not come
+        assert turns.waiting == 2
+        turns.leave(places[0])  # its turn has
+        assert [place.done() for place in places[2:]] == [True, False]
+        turns.leave(places[2])
+        await asyncio.wait_for(places[3], 1)
+        turns.give()
+        assert not turns.taken
+
+    asyncio.run(scene())
+
+
 def test_the_thread_hands_on_results_and_faults_and_ends() -> None:
     async def scene() -> None:
         compute = Compute()

@@ -222,7 +222,7 @@ def test_the_queue_is_bounded_and_a_request_that_is_answered_is_not_taken_twice(
     running = start(client, first)
     assert refused(lambda: client.generate(first))[0] == "ALREADY_EXISTS"
     waiting = [client.preview.Generate(client.request([[1]], 2), **client.options) for _ in range(2)]
-    assert [next(call).queued.position for call in waiting] == [1, 2]
+    assert sorted(next(call).queued.position for call in waiting) == [1, 2]  # at once: either may come first
     began = time.perf_counter()
     assert refused(lambda: client.ask([[1]], 2)) == ("RESOURCE_EXHAUSTED", "QUEUE_FULL")
     assert time.perf_counter() - began < 0.5
