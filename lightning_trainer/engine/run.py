@@ -26,6 +26,7 @@ NOISE = (
     "`Trainer.fit` stopped",
     "`weights_only` was not set",
     "Seed set to",
+    "You are using a CUDA device",  # and how to make fp32 products less exact
 )
 """How lines begin that the stack says about itself."""
 
@@ -33,6 +34,7 @@ SPEAKERS = (
     "pytorch.utilities.rank_zero",
     "pytorch.accelerators.cuda",
     "pytorch.trainer.connectors.checkpoint_connector",
+    "fabric.utilities.rank_zero",
     "fabric.utilities.seed",
 )
 """Loggers that say them."""

@@ -1,8 +1,13 @@
-"""A step of CompensatedAdamW on a GPU; imported where there is Triton."""
+"""A step of CompensatedAdamW on a GPU; imported where there is Triton.
+
+One launch steps many parameters: a model of 0.6 billion has 310, and starting a kernel takes the host longer than most
+of them take the device.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +18,11 @@ from lightning_trainer.model.adamw_triton import adamw
 if TYPE_CHECKING:
     from lightning_trainer.model.optim import Piece
 
-BLOCK = 1024
+BLOCK, PART = 1 << 10, 1 << 14
+"""Elements that a program of the kernel computes at once, and in all."""
+
+ALIGNMENT = 16
+"""Of addresses, in bytes, and of a parameter's elements, from which eight numbers can be read at once."""
 
 
 def step(pieces: Sequence[Piece], group: dict[str, Any], found_inf: Tensor | None) -> None:
@@ -22,28 +31,58 @@ def step(pieces: Sequence[Piece], group: dict[str, Any], found_inf: Tensor | Non
     device = pieces[0].weight.device
     skip = torch.zeros((), dtype=torch.float32, device=device) if found_inf is None else found_inf
     steps = [piece.state["step"] for piece in pieces]
-    torch._foreach_add_(steps, (skip == 0).float())
+    if found_inf is None:
+        torch._foreach_add_(steps, 1.0)
+    else:  # as a list: with one tensor for all, torch adds to each by itself
+        torch._foreach_add_(steps, [(skip == 0).float()] * len(steps))
     count = torch.stack(steps).double()
-    # Of each parameter, as many steps as it has taken: lr / (1 - beta1^n) and sqrt(1 - beta2^n). Twice: Triton makes
-    # another kernel for pointers that are no multiples of 16 bytes.
-    corrections = torch.stack((lr / (1 - beta1**count), (1 - beta2**count).sqrt()) * 2, dim=1).float()
+    # Of each parameter, as many steps as it has taken: lr / (1 - beta1^n) and sqrt(1 - beta2^n).
+    corrections = torch.stack((lr / (1 - beta1**count), (1 - beta2**count).sqrt()), dim=1).float()
+    rows = [_addresses(piece) for piece in pieces]
+    numels = tuple(piece.weight.numel() for piece in pieces)
+    aligned = tuple(
+        numel % ALIGNMENT == 0 and all(address % ALIGNMENT == 0 for address in row)
+        for numel, row in zip(numels, rows, strict=True)
+    )
+    addresses = torch.tensor(rows).to(device, non_blocking=True)  # gradients may lie elsewhere in every step
     with torch.cuda.device_of(pieces[0].weight):  # Triton starts kernels on the current device
-        for number, piece in enumerate(pieces):
-            numel = piece.weight.numel()
-            adamw[((numel + BLOCK - 1) // BLOCK,)](
-                piece.weight.view(torch.int16),
-                piece.state["low_bits"],
-                piece.grad,
-                piece.state["exp_avg"],
-                piece.state["exp_avg_sq"],
-                corrections[number],
+        for fast in sorted(set(aligned)):
+            parts = _parts(numels, tuple(each == fast for each in aligned), PART, device)
+            adamw[(len(parts),)](
+                addresses,
+                corrections,
+                _numels(numels, device),
+                parts,
                 skip,
-                numel,
                 beta1,
                 1 - beta1,
                 beta2,
                 1 - beta2,
                 group["eps"],
                 1 - lr * group["weight_decay"],
+                PART=PART,
                 BLOCK=BLOCK,
+                ALIGNED=fast,
             )
+
+
+def _addresses(piece: Piece) -> tuple[int, ...]:
+    """In the kernel's order."""
+    state = piece.state
+    tensors = (piece.weight, state["low_bits"], piece.grad, state["exp_avg"], state["exp_avg_sq"])
+    return tuple(tensor.data_ptr() for tensor in tensors)
+
+
+@lru_cache(maxsize=64)
+def _numels(numels: tuple[int, ...], device: torch.device) -> Tensor:
+    """(N,) elements of each parameter."""
+    return torch.tensor(numels, device=device)
+
+
+@lru_cache(maxsize=64)
+def _parts(numels: tuple[int, ...], chosen: tuple[bool, ...], part: int, device: torch.device) -> Tensor:
+    """(P, 2) for each program its parameter's number and its first element there."""
+    counts = torch.tensor([-(-n // part) if taken else 0 for n, taken in zip(numels, chosen, strict=True)])
+    number = torch.arange(len(numels)).repeat_interleave(counts)
+    first = torch.arange(len(number)) - (counts.cumsum(0) - counts)[number]
+    return torch.stack((number, first * part), dim=1).to(device)

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from lightning_trainer.model import adamw_cpu
@@ -23,23 +23,30 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+PLAIN = (Tensor, nn.Parameter)
+"""Classes of tensors whose numbers lie where they say."""
+
 Step = Callable[["Sequence[Piece]", dict[str, Any], Tensor | None], None]
 
 
 def fits(param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> bool:
     """Whether the kernel takes this parameter: plain bf16 tensors of one shape without gaps, on one device."""
     grad, low_bits = param.grad, state.get("low_bits")
-    if grad is None or low_bits is None or grad.is_sparse or low_bits.dtype != torch.int16:
+    if grad is None or low_bits is None or grad.layout != torch.strided or low_bits.dtype != torch.int16:
         return False
-    in_bf16 = (param, grad, state["exp_avg"], state["exp_avg_sq"])
+    first, second = state["exp_avg"], state["exp_avg_sq"]
+    # Written out: this is asked for every parameter in every step.
     return (
-        not isinstance(group["lr"], Tensor)
-        and type(param.data) is Tensor
-        and all(tensor.dtype == torch.bfloat16 for tensor in in_bf16)
-        and all(
-            tensor.shape == param.shape and tensor.device == param.device and tensor.is_contiguous()
-            for tensor in (*in_bf16, low_bits)
-        )
+        type(param) in PLAIN
+        and not isinstance(group["lr"], Tensor)
+        and param.dtype == grad.dtype == first.dtype == second.dtype == torch.bfloat16
+        and param.shape == grad.shape == low_bits.shape == first.shape == second.shape
+        and param.device == grad.device == low_bits.device == first.device == second.device
+        and param.is_contiguous()
+        and grad.is_contiguous()
+        and low_bits.is_contiguous()
+        and first.is_contiguous()
+        and second.is_contiguous()
     )
 
 

@@ -8,27 +8,45 @@ import triton.language as tl
 
 @triton.jit
 def adamw(
-    high_bits, low_bits, grads, exp_avgs, exp_avg_sqs, corrections, skip, numel,
-    beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay_factor, BLOCK: tl.constexpr,
+    addresses, corrections, numels, parts, skip,
+    beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay_factor,
+    PART: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """One block of one parameter's elements, its weights as the 16 + 16 bits that `optim` shows."""
+    """One part of one parameter, its weights as the 16 + 16 bits that `optim` shows; see `adamw_gpu` for the tables."""
     if tl.load(skip) == 0.0:
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = at < numel
-        high = tl.load(high_bits + at, mask=inside, other=0).to(tl.int32)
-        low = tl.load(low_bits + at, mask=inside, other=0).to(tl.int32)
-        weight = ((high << 16) + low).to(tl.float32, bitcast=True)
-        grad = tl.load(grads + at, mask=inside, other=0.0).to(tl.float32)
-        exp_avg = tl.load(exp_avgs + at, mask=inside, other=0.0).to(tl.float32)
-        exp_avg_sq = tl.load(exp_avg_sqs + at, mask=inside, other=0.0).to(tl.float32)
-        exp_avg = beta1 * exp_avg + one_minus_beta1 * grad
-        exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
-        step_size, bias_correction2_sqrt = tl.load(corrections), tl.load(corrections + 1)
-        weight = weight * decay_factor - step_size * exp_avg / (tl.sqrt(exp_avg_sq) / bias_correction2_sqrt + eps)
-        # Every NaN becomes 0x7FC00000: rounding 0x7FFFFFFF would carry into the sign and give -0.0.
-        bits = tl.where(weight == weight, weight.to(tl.int32, bitcast=True), 0x7FC00000)
-        high = (bits + 32768) >> 16
-        tl.store(high_bits + at, high.to(tl.int16), mask=inside)
-        tl.store(low_bits + at, (bits - (high << 16)).to(tl.int16), mask=inside)
-        tl.store(exp_avgs + at, exp_avg.to(tl.bfloat16), mask=inside)
-        tl.store(exp_avg_sqs + at, exp_avg_sq.to(tl.bfloat16), mask=inside)
+        number = tl.load(parts + 2 * tl.program_id(0))
+        start = tl.load(parts + 2 * tl.program_id(0) + 1)
+        numel = tl.load(numels + number)
+        row = addresses + 5 * number
+        high_bits = tl.load(row).to(tl.pointer_type(tl.int16))
+        low_bits = tl.load(row + 1).to(tl.pointer_type(tl.int16))
+        grads = tl.load(row + 2).to(tl.pointer_type(tl.bfloat16))
+        exp_avgs = tl.load(row + 3).to(tl.pointer_type(tl.bfloat16))
+        exp_avg_sqs = tl.load(row + 4).to(tl.pointer_type(tl.bfloat16))
+        start = tl.multiple_of(start, BLOCK)
+        if ALIGNED:  # eight numbers are then read at once
+            high_bits, low_bits = tl.multiple_of(high_bits, 16), tl.multiple_of(low_bits, 16)
+            grads = tl.multiple_of(grads, 16)
+            exp_avgs, exp_avg_sqs = tl.multiple_of(exp_avgs, 16), tl.multiple_of(exp_avg_sqs, 16)
+            numel = tl.multiple_of(numel, 16)
+        step_size = tl.load(corrections + 2 * number)
+        bias_correction2_sqrt = tl.load(corrections + 2 * number + 1)
+        for block in range(0, PART, BLOCK):
+            at = start + block + tl.arange(0, BLOCK)
+            inside = at < numel
+            high = tl.load(high_bits + at, mask=inside, other=0).to(tl.int32)
+            low = tl.load(low_bits + at, mask=inside, other=0).to(tl.int32)
+            weight = ((high << 16) + low).to(tl.float32, bitcast=True)
+            grad = tl.load(grads + at, mask=inside, other=0.0).to(tl.float32)
+            exp_avg = tl.load(exp_avgs + at, mask=inside, other=0.0).to(tl.float32)
+            exp_avg_sq = tl.load(exp_avg_sqs + at, mask=inside, other=0.0).to(tl.float32)
+            exp_avg = beta1 * exp_avg + one_minus_beta1 * grad
+            exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
+            weight = weight * decay_factor - step_size * exp_avg / (tl.sqrt(exp_avg_sq) / bias_correction2_sqrt + eps)
+            # Every NaN becomes 0x7FC00000: rounding 0x7FFFFFFF would carry into the sign and give -0.0.
+            bits = tl.where(weight == weight, weight.to(tl.int32, bitcast=True), 0x7FC00000)
+            high = (bits + 32768) >> 16
+            tl.store(high_bits + at, high.to(tl.int16), mask=inside)
+            tl.store(low_bits + at, (bits - (high << 16)).to(tl.int16), mask=inside)
+            tl.store(exp_avgs + at, exp_avg.to(tl.bfloat16), mask=inside)
+            tl.store(exp_avg_sqs + at, exp_avg_sq.to(tl.bfloat16), mask=inside)

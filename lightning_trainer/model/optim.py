@@ -15,9 +15,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +28,9 @@ from lightning_trainer.types import InputError
 
 BUCKET, CPU_BUCKET = 1 << 24, 1 << 18
 """Weights updated at once: bounds the fp32 temporaries to 16 bytes x this, 256 MiB; on a CPU to its caches."""
+
+KERNEL_BATCH = 96
+"""Parameters handed to the kernel at once: a GPU steps them while the host looks at the next."""
 
 HALF = 1 << 15
 
@@ -80,25 +82,34 @@ class CompensatedAdamW(Optimizer):
     def _update_all(self, params: Sequence[Tensor], group: dict[str, Any]) -> None:
         slowly: list[Tensor] = []
         quickly: dict[torch.device, list[Piece]] = {}
+        found_inf, may = getattr(self, "found_inf", None), self._devices_of_kernel()
         for param in params:
-            if self._takes_kernel(param, group):
-                quickly.setdefault(param.device, []).append(Piece.of(param, self._state_of(param)))
-            else:
+            state = self._state_of(param)
+            if param.device not in may or not adamw_kernel.fits(param, state, group):
                 slowly.append(param)
+                continue
+            pieces = quickly.setdefault(param.device, [])
+            pieces.append(Piece.of(param, state))
+            if len(pieces) == KERNEL_BATCH:
+                adamw_kernel.step(quickly.pop(param.device), group, found_inf)
         for pieces in quickly.values():
-            adamw_kernel.step(pieces, group, getattr(self, "found_inf", None))
+            adamw_kernel.step(pieces, group, found_inf)
         for bucket in _buckets(piece for p in slowly for piece in _pieces(p, self._state_of(p))):
             self._update(bucket, group)
 
     def kernel_works(self) -> bool:
         """Whether the kernel is used for all bf16 weights that it takes; tries it out."""
-        devices = {p.device for group in self.param_groups for p in group["params"] if p.dtype == torch.bfloat16}
-        return self.kernel and all(adamw_kernel.works_on(device, _both_ways) for device in devices)
+        return self.kernel and all(adamw_kernel.works_on(device, _both_ways) for device in self._devices())
 
-    def _takes_kernel(self, param: Tensor, group: dict[str, Any]) -> bool:
-        works = self.kernel and param.dtype == torch.bfloat16 and adamw_kernel.works_on(param.device, _both_ways)
-        scaled = getattr(self, "grad_scale", None) is not None
-        return works and not scaled and adamw_kernel.fits(param, self._state_of(param), group)
+    def _devices(self) -> set[torch.device]:
+        """Where there are bf16 weights."""
+        return {p.device for group in self.param_groups for p in group["params"] if p.dtype == torch.bfloat16}
+
+    def _devices_of_kernel(self) -> set[torch.device]:
+        """Where the kernel may be used in this step."""
+        if not self.kernel or getattr(self, "grad_scale", None) is not None:
+            return set()
+        return {device for device in self._devices() if adamw_kernel.works_on(device, _both_ways)}
 
     def _update(self, pieces: list[Piece], group: dict[str, Any]) -> None:
         weights = [exact(piece.weight, piece.state) for piece in pieces]
@@ -183,8 +194,7 @@ class CompensatedAdamW(Optimizer):
                 self.state[param][name] = value.to(device=param.device, copy=True)
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A parameter, or a stretch of a large one, with its part of gradient and state; all are views."""
 
     weight: Tensor
@@ -195,7 +205,7 @@ class Piece:
     def of(cls, param: Tensor, state: dict[str, Tensor]) -> Piece:
         """All of a parameter."""
         assert param.grad is not None
-        return cls(param.detach(), param.grad, state)
+        return cls(param, param.grad, state)
 
 
 def _pieces(param: Tensor, state: dict[str, Tensor]) -> Iterator[Piece]:

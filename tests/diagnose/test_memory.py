@@ -142,7 +142,7 @@ def _peak(step: Callable[[], None]) -> int:
     """Most bytes held at once, above what was held before."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
         step()
     assert profiled.profiler is not None
     results: Any = profiled.profiler.kineto_results

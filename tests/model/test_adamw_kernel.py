@@ -30,7 +30,7 @@ Step = Callable[..., None]
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler")
 
 
-@pytest.fixture(params=[pytest.param("c", marks=needs_compiler), "triton"])
+@pytest.fixture(params=[pytest.param("c", marks=needs_compiler), pytest.param("triton", marks=pytest.mark.gpu)])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Step, torch.device]:
     """A kernel's step, and a device it runs on."""
     if request.param == "c":
@@ -38,8 +38,9 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     if GPU.type == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     pytest.importorskip("triton")
-    step: Step = importlib.import_module("lightning_trainer.model.adamw_gpu").step
-    return step, GPU
+    gpu: Any = importlib.import_module("lightning_trainer.model.adamw_gpu")
+    monkeypatch.setattr(gpu, "PART", 1024)  # several to a parameter
+    return gpu.step, GPU
 
 
 def made(shape: tuple[int, ...], seed: int, device: torch.device = CPU) -> nn.Parameter:
@@ -53,7 +54,7 @@ def made(shape: tuple[int, ...], seed: int, device: torch.device = CPU) -> nn.Pa
 def test_a_step_is_that_of_the_passes(weight_decay: float, kernel: tuple[Step, torch.device]) -> None:
     step, device = kernel
     group = GROUP | {"weight_decay": weight_decay}
-    shapes = [(7,), (1024,), (33, 65), (2, 2049)]
+    shapes = [(7,), (1024,), (33, 65), (2, 2049), (50, 64)]
     ours, theirs = ([made(shape, seed, device) for seed, shape in enumerate(shapes)] for _ in range(2))
     one_pass, passes = CompensatedAdamW(ours, **group), CompensatedAdamW(theirs, **group)
     passes.kernel = False
@@ -105,6 +106,7 @@ def test_nan_stays_nan(kernel: tuple[Step, torch.device]) -> None:
 
 
 @needs_compiler
+@pytest.mark.gpu
 @pytest.mark.parametrize("device", sorted({CPU.type, GPU.type}))
 def test_the_trial_passes_where_the_kernel_works(device: str) -> None:
     passes, kernel = _both_ways(torch.device(device))

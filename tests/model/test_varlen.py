@@ -174,6 +174,7 @@ def test_without_torchs_and_without_flash_attn_there_is_none(ampere: None, monke
     varlen._kernel.cache_clear()
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("key_heads", [1, 4])

@@ -158,6 +158,7 @@ def test_clipping_by_norm_is_torchs(limit: float) -> None:
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=0)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "device",
     ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))],
