@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from lightning_trainer import template
 from lightning_trainer.data.loader import PlannedLoader
+from lightning_trainer.generation import uncompiled
 from lightning_trainer.model.probe import evaluating, separation
 from lightning_trainer.pretrained import embedding_rows
 from lightning_trainer.types import IGNORE_INDEX, Batch, InputError
@@ -54,7 +56,9 @@ class SelfCheck(Callback):
         check_targets(batch)
         checked = ["tokens within the embedding", "labels with their stop token"]
         if isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-            check_examples_apart(module, loader)
+            # Where nothing is validated, the layers have not been compiled for evaluation, and need not be for this.
+            with nullcontext() if trainer.enable_validation else uncompiled():
+                check_examples_apart(module, loader)
             checked.append("examples apart")
         rank_zero_info(f"self-check: {', '.join(checked)} ({time.perf_counter() - started:.1f} s)")
 

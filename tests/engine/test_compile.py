@@ -56,8 +56,9 @@ def test_a_compiler_that_fails_leaves_everything_as_it_was(
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
 
 
+@pytest.mark.parametrize(("val_fraction", "least"), [(0.2, 4), (0.0, 2)])
 def test_self_check_previews_and_later_rows_compile_nothing_more(
-    job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    val_fraction: float, least: int, job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torch._dynamo.utils import counters
 
@@ -74,8 +75,9 @@ def test_self_check_previews_and_later_rows_compile_nothing_more(
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_(self, backend="eager", **how))
     monkeypatch.setattr(TrainerCLI, "_callbacks", lambda cli, config: [Counts(), *callbacks(cli, config)])
     counters.clear()
-    assert main(["fit", "--config", str(job(model={"compile": True}, trainer={"callbacks": [PREVIEW]}))]) == 0
-    assert made[0] == made[1] >= 4
+    config = job(model={"compile": True}, trainer={"callbacks": [PREVIEW]}, data={"val_fraction": val_fraction})
+    assert main(["fit", "--config", str(config)]) == 0
+    assert made[0] == made[1] >= least
 
 
 @pytest.mark.slow
