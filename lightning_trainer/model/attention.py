@@ -11,7 +11,7 @@ Shapes: B = 1 row, H query heads, K key/value heads, T tokens of the row, D head
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -93,15 +93,28 @@ def packed_attention(
     """
     if examples is None:
         raise ValueError(f"this architecture does not hand `examples` on to {type(module).__name__}")
-    if query.shape[0] != 1 or attention_mask is not None:
-        raise ValueError("packed attention takes one row and no mask")
+    _refuse_what_is_not_packed(query, attention_mask)
     _refuse_what_changes_scores(module, examples.longest, others)
-    kernel = varlen.kernel_for(query, value, dropout) if examples.starts is not None else None
+    kernel = varlen.kernel_for(query, value, dropout)
     if kernel is not None and examples.starts is not None:
-        window = sliding_window if sliding_window is not None and sliding_window < examples.longest else None
-        packed = varlen.Rows(examples.starts, examples.longest, scaling, window)
-        return kernel(query[0], key[0], value[0], packed)[None], None
+        return _all_at_once(kernel, query, key, value, examples, scaling, sliding_window), None
     return _one_by_one(query, key, value, examples.lengths, scaling, dropout, sliding_window), None
+
+
+def _all_at_once(
+    kernel: varlen.Kernel,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    examples: Examples,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """(1, T, H, D): all examples through one kernel."""
+    assert examples.starts is not None
+    window = sliding_window if sliding_window is not None and sliding_window < examples.longest else None
+    packed = varlen.Rows(examples.starts, examples.longest, scaling, window)
+    return kernel(query[0], key[0], value[0], packed)[None]
 
 
 def _one_by_one(
@@ -129,6 +142,11 @@ def _one_by_one(
         for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     ]
     return torch.cat(out, dim=2).transpose(1, 2)
+
+
+def _refuse_what_is_not_packed(query: Tensor, attention_mask: Tensor | None) -> None:
+    if query.shape[0] != 1 or attention_mask is not None:
+        raise ValueError("packed attention takes one row and no mask")
 
 
 def _refuse_what_changes_scores(module: nn.Module, longest: int, others: dict[str, Any]) -> None:
@@ -166,12 +184,44 @@ def choose(config: PretrainedConfig, packed: bool) -> str | None:
     return PACKED if packed and takes_ours else None
 
 
-def register(compiled: bool = False) -> None:
+def register(compiled: bool = False, kernel: varlen.Kernel | None = None) -> None:
     """Make `PACKED` a name that `attn_implementation` takes.
 
     Args:
-        compiled: Layers are compiled: they are to call it as it is.
+        compiled: Layers are compiled.
+        kernel: What serves in all layers, where that is known: torch.compile may take it into a layer's code. Else that
+            is in two parts, between which attention is called as it is.
     """
     from transformers import AttentionInterface
 
-    AttentionInterface.register(PACKED, torch.compiler.disable(packed_attention) if compiled else packed_attention)
+    AttentionInterface.register(PACKED, _for_compiled_layers(kernel) if compiled else packed_attention)
+
+
+def _for_compiled_layers(kernel: varlen.Kernel | None) -> Callable[..., tuple[Tensor, None]]:
+    as_it_is: Callable[..., tuple[Tensor, None]] = torch.compiler.disable(packed_attention)
+    if kernel is None or not varlen.is_traceable(kernel):
+        return as_it_is
+
+    def traced(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        examples: Examples | None = None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, None]:
+        if examples is None or examples.starts is None or dropout or not varlen.takes(query, value):
+            told = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, **others}
+            return as_it_is(module, query, key, value, attention_mask, examples=examples, **told)
+        _refuse_what_is_not_packed(query, attention_mask)
+        _refuse_what_changes_scores(module, examples.longest, others)
+        # Without gaps, so that what torch.compile expects of the results does not depend on how a kernel lays them out.
+        query, key, value = (part.transpose(1, 2).contiguous().transpose(1, 2) for part in (query, key, value))
+        return _all_at_once(kernel, query, key, value, examples, scaling, sliding_window), None
+
+    return traced

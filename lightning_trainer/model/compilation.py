@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_trainer.model import attention
+from lightning_trainer.model import attention, varlen
 from lightning_trainer.model.probe import evaluating
 from lightning_trainer.types import Batch, InputError
 
@@ -44,7 +45,7 @@ def start(
 
     started = time.perf_counter()
     torch.compiler.reset()  # what other runs of this process compiled counts against torch's limit of versions
-    attention.register(compiled=True)
+    attention.register(compiled=True, kernel=_kernel_of(model))
     layers = compile_layers(model)
     if not layers:
         raise InputError(
@@ -68,6 +69,17 @@ def start(
             key="model.compile",
         ) from error
     rank_zero_info(f"compiled {layers} layers ({time.perf_counter() - started:.1f} s)")
+
+
+def _kernel_of(model: PreTrainedModel) -> varlen.Kernel | None:
+    """The attention kernel for rows of unequal lengths that serves in all layers; None where that is not known."""
+    config: Any = model.config.get_text_config()
+    heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", 0)
+    numbers = getattr(config, "head_dim", None) or (hidden // heads if heads else 0)
+    if not numbers:
+        return None
+    like_query = torch.empty(1, 1, 0, numbers, dtype=model.dtype, device=model.device)
+    return varlen.kernel_for(like_query, like_query, getattr(config, "attention_dropout", 0.0) or 0.0)
 
 
 def compile_layers(model: PreTrainedModel) -> int:

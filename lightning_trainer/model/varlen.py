@@ -11,9 +11,8 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +26,7 @@ def takes_heads_of(numbers: int) -> bool:
     return numbers % 8 == 0 and numbers <= 256 and not 192 < numbers <= 224
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """How the tokens are laid out, and what they see of each other.
 
     Attributes:
@@ -49,6 +47,15 @@ class Rows:
         return (-1 if self.window is None else self.window - 1, 0)
 
 
+def takes(query: Tensor, value: Tensor) -> bool:
+    """Whether queries and values are of a dtype and size that all kernels take."""
+    return (
+        query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] == value.shape[-1]
+        and takes_heads_of(query.shape[-1])
+    )
+
+
 Kernel = Callable[[Tensor, Tensor, Tensor, Rows], Tensor]
 """(H, T, D), (K, T, D), (K, T, D), how they are laid out -> (T, H, D). Causal within each row."""
 
@@ -61,9 +68,7 @@ def kernel_for(query: Tensor, value: Tensor, dropout: float) -> Kernel | None:
         value: (1, K, T, D).
         dropout: Of the attention weights.
     """
-    heads = query.shape[-1] == value.shape[-1] and takes_heads_of(query.shape[-1])
-    fits = heads and query.dtype in (torch.bfloat16, torch.float16)
-    if query.device.type != "cuda" or not fits:
+    if query.device.type != "cuda" or not takes(query, value):
         return None
     if _capability(query.device) < LEAST_CAPABILITY:
         return None
@@ -81,8 +86,9 @@ def _capability(device: torch.device) -> tuple[int, int]:
 def _kernel() -> Kernel | None:
     """torch's own, where it has what is needed; else flash-attn's, where it is installed."""
     # Of its first versions torch's has not, and is not causal.
-    if {"window_size", "scale"} <= _torchs_arguments() and torch.backends.cuda.is_flash_attention_available():
-        return _torchs
+    arguments = _torchs_arguments()
+    if {"window_size", "scale"} <= arguments and torch.backends.cuda.is_flash_attention_available():
+        return _torchs if "enable_gqa" in arguments else _older_torchs
     return _flash_attns if importlib.util.find_spec("flash_attn") is not None else None
 
 
@@ -95,18 +101,28 @@ def _torchs_arguments() -> frozenset[str]:
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
+def is_traceable(kernel: Kernel | None) -> bool:
+    """Whether torch.compile takes the kernel into the code of a layer; else it is called from outside."""
+    return kernel in (_torchs, _older_torchs)
+
+
 def _torchs(query: Tensor, key: Tensor, value: Tensor, rows: Rows) -> Tensor:
+    return _varlen_attn(query, key, value, rows, enable_gqa=query.shape[0] != key.shape[0])
+
+
+def _older_torchs(query: Tensor, key: Tensor, value: Tensor, rows: Rows) -> Tensor:
+    times = query.shape[0] // key.shape[0]
+    # Where tokens come first they are laid out as the kernel reads them.
+    key, value = (part.transpose(0, 1).repeat_interleave(times, dim=1).transpose(0, 1) for part in (key, value))
+    return _varlen_attn(query, key, value, rows)
+
+
+def _varlen_attn(query: Tensor, key: Tensor, value: Tensor, rows: Rows, **grouped: Any) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    grouped: dict[str, Any] = {}
-    if "enable_gqa" in _torchs_arguments():
-        grouped["enable_gqa"] = len(query) != len(key)
-    else:
-        key, value = (part.repeat_interleave(len(query) // len(part), dim=0) for part in (key, value))
     # Without a window every token would see all of its row.
-    out: Any = varlen_attn(
-        *_laid_out(query, key, value, rows), scale=rows.scaling, window_size=rows.left_right, **grouped
-    )
+    window: Any = rows.left_right
+    out: Any = varlen_attn(*_laid_out(query, key, value, rows), scale=rows.scaling, window_size=window, **grouped)
     return out  # type: ignore[no-any-return]
 
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import varlen_on_cpu
+from transformers import PretrainedConfig
 
 from lightning_trainer.adapters import LoraSettings, put_in
 from lightning_trainer.generation import generate, uncompiled
-from lightning_trainer.model import attention, compilation
+from lightning_trainer.model import attention, compilation, varlen
 from lightning_trainer.model.compilation import compile_layers
 from lightning_trainer.model.probe import evaluating
 from lightning_trainer.types import InputError, PreviewRequest, SamplingParams
@@ -102,6 +105,67 @@ def test_rows_of_any_layout_are_one_compilation(model: Any, frames: Any, change:
     assert frames() == made
 
 
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """torch's attention for rows of unequal lengths, for a CPU and any dtype."""
+    varlen_on_cpu.install()
+    monkeypatch.setattr("torch.backends.cuda.is_flash_attention_available", lambda: True)
+    varlen._kernel.cache_clear()
+    yield varlen._kernel()
+    varlen._kernel.cache_clear()
+
+
+@pytest.mark.parametrize("change", [lambda model: model, checkpointing, lora, lambda model: checkpointing(lora(model))])
+def test_torchs_kernel_is_taken_into_a_layers_code(
+    model: Any, frames: Any, change: Callable[[Any], Any], kernel: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._dynamo.utils import counters
+
+    model = change(model)
+    attention.register()
+    expected = [gradients(model, lengths) for lengths in ROWS]
+    monkeypatch.setattr(varlen, "takes", lambda query, value: True)
+    attention.register(compiled=True, kernel=kernel)
+    compile_layers(model)
+    found = [gradients(model, ROWS[0])]
+    assert frames() >= 1
+    assert not counters["graph_break"]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found += [gradients(model, lengths) for lengths in ROWS[1:]]
+    for ours, theirs in zip(found, expected, strict=True):
+        for one, two in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
+
+
+def test_what_torchs_kernel_does_not_take_is_called_as_it_is(model: Any, kernel: Any) -> None:
+    attention.register()
+    expected = gradients(model, ROWS[0])
+    attention.register(compiled=True, kernel=kernel)
+    compile_layers(model)
+    for one, two in zip(gradients(model, ROWS[0]), expected, strict=True):  # fp32
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "numbers", "dropout"),
+    [
+        ({"num_attention_heads": 4, "hidden_size": 32, "head_dim": 16, "attention_dropout": 0.1}, 16, 0.1),
+        ({"num_attention_heads": 4, "hidden_size": 32, "head_dim": None}, 8, 0.0),
+        ({"hidden_size": 32}, None, None),
+    ],
+)
+def test_the_kernel_of_a_model_is_the_one_that_takes_its_heads(
+    config: dict[str, Any], numbers: int | None, dropout: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(varlen, "kernel_for", lambda query, value, dropout: asked.append((query, dropout)))
+    told = SimpleNamespace(get_text_config=lambda: SimpleNamespace(**config))
+    model: Any = SimpleNamespace(config=told, dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert compilation._kernel_of(model) is None
+    expected = [] if numbers is None else [(numbers, torch.bfloat16, dropout)]
+    assert [(query.shape[-1], query.dtype, dropout) for query, dropout in asked] == expected
+
+
 def test_a_model_is_saved_as_it_was(model: Any) -> None:
     names = list(model.state_dict())
     compile_layers(model)
@@ -185,6 +249,7 @@ def test_a_compiler_that_fails_is_named(model: Any, monkeypatch: pytest.MonkeyPa
 
 def test_a_model_without_layers_is_refused() -> None:
     model: Any = torch.nn.Linear(2, 2)
+    model.config, model.dtype, model.device = PretrainedConfig(), torch.float32, torch.device("cpu")
     with pytest.raises(InputError, match="Linear does not say which of its modules are layers") as caught:
         compilation.start(model, lambda batch: torch.zeros(()), [], None, validates=False)
     assert caught.value.key == "model.compile"
