@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import traceback
 from collections.abc import Sequence
@@ -68,6 +69,8 @@ def _guarded(words: list[str]) -> int:
     from lightning_trainer.engine.config.config_file import ConfigError, check_command_line
 
     module, _ = COMMANDS[words[0]]
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).addFilter(_is_news)
     try:
         with interruptible():
             if module in READS_YAML:
@@ -81,6 +84,11 @@ def _guarded(words: list[str]) -> int:
     except Exception:  # the outermost boundary: whatever it is, the exit status must say that the run failed
         traceback.print_exc()
         return 1
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not what torchao, where it is installed, says when transformers imports it, whatever a run uses of it."""
+    return not record.getMessage().startswith(("Failed to load ", "<enum '"))
 
 
 def _complain(text: str, status: int) -> int:

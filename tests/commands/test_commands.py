@@ -1,6 +1,7 @@
 """check, inspect, status and convert, as they are typed."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -126,3 +127,14 @@ def test_status_and_convert_load_no_torch(tmp_path: Path) -> None:
     for words in (["status", str(tmp_path)], ["convert", "nowhere.json"]):
         done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=os.environ)
         assert done.stdout.splitlines()[-1] == "2 False"
+
+
+def test_what_torchao_says_when_it_is_imported_is_no_news(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    main(["status", str(tmp_path / "nowhere")])
+    for name, text in (
+        ("torchao", "Failed to load x.so"),
+        ("torchao", "news"),
+        ("torch.utils._pytree", "<enum 'A'> is"),
+    ):
+        logging.getLogger(name).warning(text)
+    assert caplog.messages == ["news"]
