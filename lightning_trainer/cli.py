@@ -87,7 +87,10 @@ def _guarded(words: list[str]) -> int:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Not what torchao, where it is installed, says when transformers imports it, whatever a run uses of it."""
+    """False for what torchao says when transformers imports it, in every run where it is installed.
+
+    That its C++ kernels don't fit this torch (8-bit optimizers use none), and that it calls what torch is giving up.
+    """
     return not record.getMessage().startswith(("Failed to load ", "<enum '"))
 
 

@@ -33,25 +33,21 @@ def step(pieces: Sequence[Piece], group: dict[str, Any], found_inf: Tensor | Non
     steps = [piece.state["step"] for piece in pieces]
     if found_inf is None:
         torch._foreach_add_(steps, 1.0)
-    else:  # as a list: with one tensor for all, torch adds to each by itself
+    else:
         torch._foreach_add_(steps, [(skip == 0).float()] * len(steps))
     count = torch.stack(steps).double()
     # Of each parameter, as many steps as it has taken: lr / (1 - beta1^n) and sqrt(1 - beta2^n).
     corrections = torch.stack((lr / (1 - beta1**count), (1 - beta2**count).sqrt()), dim=1).float()
-    rows = [_addresses(piece) for piece in pieces]
-    numels = tuple(piece.weight.numel() for piece in pieces)
-    aligned = tuple(
-        numel % ALIGNMENT == 0 and all(address % ALIGNMENT == 0 for address in row)
-        for numel, row in zip(numels, rows, strict=True)
-    )
-    addresses = torch.tensor(rows).to(device, non_blocking=True)  # gradients may lie elsewhere in every step
+    rows = [_row(piece) for piece in pieces]
+    numels = tuple(row[-1] for row in rows)
+    aligned = tuple(all(number % ALIGNMENT == 0 for number in row) for row in rows)
+    tensors = torch.tensor(rows).to(device, non_blocking=True)  # gradients may lie elsewhere in every step
     with torch.cuda.device_of(pieces[0].weight):  # Triton starts kernels on the current device
         for fast in sorted(set(aligned)):
             parts = _parts(numels, tuple(each == fast for each in aligned), PART, device)
             adamw[(len(parts),)](
-                addresses,
+                tensors,
                 corrections,
-                _numels(numels, device),
                 parts,
                 skip,
                 beta1,
@@ -66,22 +62,16 @@ def step(pieces: Sequence[Piece], group: dict[str, Any], found_inf: Tensor | Non
             )
 
 
-def _addresses(piece: Piece) -> tuple[int, ...]:
-    """In the kernel's order."""
-    state = piece.state
-    tensors = (piece.weight, state["low_bits"], piece.grad, state["exp_avg"], state["exp_avg_sq"])
-    return tuple(tensor.data_ptr() for tensor in tensors)
+def _row(piece: Piece) -> tuple[int, ...]:
+    """Of the kernel's table of tensors."""
+    weight, state = piece.weight, piece.state
+    tensors = (weight, state["low_bits"], piece.grad, state["exp_avg"], state["exp_avg_sq"])
+    return *(tensor.data_ptr() for tensor in tensors), weight.numel()
 
 
-@lru_cache(maxsize=64)
-def _numels(numels: tuple[int, ...], device: torch.device) -> Tensor:
-    """(N,) elements of each parameter."""
-    return torch.tensor(numels, device=device)
-
-
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _parts(numels: tuple[int, ...], chosen: tuple[bool, ...], part: int, device: torch.device) -> Tensor:
-    """(P, 2) for each program its parameter's number and its first element there."""
+    """The kernel's table of parts of the chosen parameters."""
     counts = torch.tensor([-(-n // part) if taken else 0 for n, taken in zip(numels, chosen, strict=True)])
     number = torch.arange(len(numels)).repeat_interleave(counts)
     first = torch.arange(len(number)) - (counts.cumsum(0) - counts)[number]

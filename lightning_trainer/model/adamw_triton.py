@@ -8,16 +8,23 @@ import triton.language as tl
 
 @triton.jit
 def adamw(
-    addresses, corrections, numels, parts, skip,
+    tensors, corrections, parts, skip,
     beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay_factor,
     PART: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """One part of one parameter, its weights as the 16 + 16 bits that `optim` shows; see `adamw_gpu` for the tables."""
+    """One part of one parameter, its weights as the 16 + 16 bits that `optim` shows.
+
+    Of N parameters and P programs, on the device:
+        tensors: (N, 6) int64: addresses of high bits, low bits, gradient, first and second moment; elements.
+        corrections: (N, 2) fp32: lr / (1 - beta1^n) and sqrt(1 - beta2^n) after n steps.
+        parts: (P, 2) int64: the parameter's number, and its first element here, a multiple of BLOCK.
+        skip: fp32 scalar; where it is not 0 nothing changes.
+    """
     if tl.load(skip) == 0.0:
         number = tl.load(parts + 2 * tl.program_id(0))
         start = tl.load(parts + 2 * tl.program_id(0) + 1)
-        numel = tl.load(numels + number)
-        row = addresses + 5 * number
+        row = tensors + 6 * number
+        numel = tl.load(row + 5)
         high_bits = tl.load(row).to(tl.pointer_type(tl.int16))
         low_bits = tl.load(row + 1).to(tl.pointer_type(tl.int16))
         grads = tl.load(row + 2).to(tl.pointer_type(tl.bfloat16))

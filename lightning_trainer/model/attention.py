@@ -36,13 +36,17 @@ CHANGES_SCORES = {
 
 
 class Examples:
-    """How the examples of a packed row lie in it. A model's layers hand it on to `packed_attention` unseen.
+    """How the examples of a packed row lie in it. A model's layers hand it on to their attention unseen.
 
-    No tuple: torch.compile looks into those, and would compile a layer anew for each number of examples.
+    No tuple: torch.compile looks into those, and would compile a layer anew for each number of examples. So it would
+    if what it compiles read `lengths`.
 
     Args:
         lengths: Tokens of each example, in order; they add up to T. On the host.
         starts: (N + 1,) int32, where each example begins, and T. On the device; None does without kernels.
+
+    Attributes:
+        longest: Tokens of the longest example.
     """
 
     def __init__(self, lengths: Sequence[int], starts: Tensor | None = None) -> None:
@@ -112,8 +116,7 @@ def _all_at_once(
 ) -> Tensor:
     """(1, T, H, D): all examples through one kernel."""
     assert examples.starts is not None
-    window = sliding_window if sliding_window is not None and sliding_window < examples.longest else None
-    packed = varlen.Rows(examples.starts, examples.longest, scaling, window)
+    packed = varlen.Rows(examples.starts, examples.longest, scaling, sliding_window)
     return kernel(query[0], key[0], value[0], packed)[None]
 
 
@@ -189,8 +192,8 @@ def register(compiled: bool = False, kernel: varlen.Kernel | None = None) -> Non
 
     Args:
         compiled: Layers are compiled.
-        kernel: What serves in all layers, where that is known: torch.compile may take it into a layer's code. Else that
-            is in two parts, between which attention is called as it is.
+        kernel: Of the device: torch.compile takes it into a layer's code, if it can. Else, and where the kernel does
+            not serve, that code is in parts, between which attention is called as it is.
     """
     from transformers import AttentionInterface
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -45,7 +44,8 @@ def start(
 
     started = time.perf_counter()
     torch.compiler.reset()  # what other runs of this process compiled counts against torch's limit of versions
-    attention.register(compiled=True, kernel=_kernel_of(model))
+    kernel = varlen.kernel_on(model.device) if model.dtype in varlen.DTYPES else None
+    attention.register(compiled=True, kernel=kernel)
     layers = compile_layers(model)
     if not layers:
         raise InputError(
@@ -71,22 +71,11 @@ def start(
     rank_zero_info(f"compiled {layers} layers ({time.perf_counter() - started:.1f} s)")
 
 
-def _kernel_of(model: PreTrainedModel) -> varlen.Kernel | None:
-    """The attention kernel for rows of unequal lengths that serves in all layers; None where that is not known."""
-    config: Any = model.config.get_text_config()
-    heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", 0)
-    numbers = getattr(config, "head_dim", None) or (hidden // heads if heads else 0)
-    if not numbers:
-        return None
-    like_query = torch.empty(1, 1, 0, numbers, dtype=model.dtype, device=model.device)
-    return varlen.kernel_for(like_query, like_query, getattr(config, "attention_dropout", 0.0) or 0.0)
-
-
 def compile_layers(model: PreTrainedModel) -> int:
     """Have each of the model's layers compiled when it is first called.
 
     Under gradient checkpointing each part of a layer is compiled by itself: torch does not compile across a call of
-    `checkpoint` in which something is left to Python, as attention within examples is.
+    `checkpoint` in which something is left to Python, as attention within examples may be.
 
     Returns:
         How many layers there are; 0 where the architecture does not say what its layers are.

@@ -82,10 +82,12 @@ class CompensatedAdamW(Optimizer):
     def _update_all(self, params: Sequence[Tensor], group: dict[str, Any]) -> None:
         slowly: list[Tensor] = []
         quickly: dict[torch.device, list[Piece]] = {}
-        found_inf, may = getattr(self, "found_inf", None), self._devices_of_kernel()
+        found_inf = getattr(self, "found_inf", None)
+        may = self.kernel and getattr(self, "grad_scale", None) is None
+        with_kernel = self._with_kernel(params) if may else set()
         for param in params:
             state = self._state_of(param)
-            if param.device not in may or not adamw_kernel.fits(param, state, group):
+            if param.device not in with_kernel or not adamw_kernel.fits(param, state, group):
                 slowly.append(param)
                 continue
             pieces = quickly.setdefault(param.device, [])
@@ -99,17 +101,12 @@ class CompensatedAdamW(Optimizer):
 
     def kernel_works(self) -> bool:
         """Whether the kernel is used for all bf16 weights that it takes; tries it out."""
-        return self.kernel and all(adamw_kernel.works_on(device, _both_ways) for device in self._devices())
+        params = [param for group in self.param_groups for param in group["params"]]
+        return self.kernel and self._with_kernel(params) == _devices(params)
 
-    def _devices(self) -> set[torch.device]:
-        """Where there are bf16 weights."""
-        return {p.device for group in self.param_groups for p in group["params"] if p.dtype == torch.bfloat16}
-
-    def _devices_of_kernel(self) -> set[torch.device]:
-        """Where the kernel may be used in this step."""
-        if not self.kernel or getattr(self, "grad_scale", None) is not None:
-            return set()
-        return {device for device in self._devices() if adamw_kernel.works_on(device, _both_ways)}
+    def _with_kernel(self, params: Sequence[Tensor]) -> set[torch.device]:
+        """Devices of bf16 weights on which the kernel works."""
+        return {device for device in _devices(params) if adamw_kernel.works_on(device, _both_ways)}
 
     def _update(self, pieces: list[Piece], group: dict[str, Any]) -> None:
         weights = [exact(piece.weight, piece.state) for piece in pieces]
@@ -194,8 +191,8 @@ class CompensatedAdamW(Optimizer):
                 self.state[param][name] = value.to(device=param.device, copy=True)
 
 
-class Piece(NamedTuple):
-    """A parameter, or a stretch of a large one, with its part of gradient and state; all are views."""
+class Piece(NamedTuple):  # a frozen dataclass takes twice as long to make, and every step makes hundreds
+    """A parameter, or views of a stretch of a large one, of its gradient and of its state."""
 
     weight: Tensor
     grad: Tensor
@@ -206,6 +203,11 @@ class Piece(NamedTuple):
         """All of a parameter."""
         assert param.grad is not None
         return cls(param, param.grad, state)
+
+
+def _devices(params: Iterable[Tensor]) -> set[torch.device]:
+    """Of bf16 weights."""
+    return {param.device for param in params if param.dtype == torch.bfloat16}
 
 
 def _pieces(param: Tensor, state: dict[str, Tensor]) -> Iterator[Piece]:
@@ -270,8 +272,8 @@ def _both_ways(device: torch.device) -> tuple[Tensor, Tensor]:
     """Exact weights after a step on a device: by the passes, and by the kernel."""
     rng = torch.Generator("cpu").manual_seed(0)
     group: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-    # Triton makes one kernel for multiples of 16, another for the rest.
-    given = [_given(numel, rng, device) for numel in (4500, 4096)]
+    # In Triton there is one kernel for multiples of 16, another for the rest; each steps 16,384 elements at a time.
+    given = [_given(numel, rng, device) for numel in (20_884, 32_768)]
     found = []
     for kernel in (False, True):
         pieces = [copy.deepcopy(piece) for piece in given]

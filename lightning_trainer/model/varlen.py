@@ -20,20 +20,23 @@ from torch import Tensor
 LEAST_CAPABILITY = (8, 0)
 """Of the device: Ampere."""
 
+DTYPES = (torch.bfloat16, torch.float16)
+
 
 def takes_heads_of(numbers: int) -> bool:
     """Whether heads of so many numbers are taken, backward included, on every device; none is padded here."""
     return numbers % 8 == 0 and numbers <= 256 and not 192 < numbers <= 224
 
 
-class Rows(NamedTuple):
+class Rows(NamedTuple):  # which torch.compile looks through
     """How the tokens are laid out, and what they see of each other.
 
     Attributes:
         starts: (N + 1,) int32 on the device.
         longest: Tokens of the longest row.
         scaling: Of the scores; None is 1/sqrt(D).
-        window: Tokens that each token sees at most, itself included; None: all before it.
+        window: Tokens that each token sees at most, itself included; None: all before it. Kernels find out themselves
+            that a window is longer than all rows; asked here, it would be another compilation.
     """
 
     starts: Tensor
@@ -48,12 +51,8 @@ class Rows(NamedTuple):
 
 
 def takes(query: Tensor, value: Tensor) -> bool:
-    """Whether queries and values are of a dtype and size that all kernels take."""
-    return (
-        query.dtype in (torch.bfloat16, torch.float16)
-        and query.shape[-1] == value.shape[-1]
-        and takes_heads_of(query.shape[-1])
-    )
+    """Whether queries, (…, D), and values, (…, D), are of a dtype and size that all kernels take."""
+    return query.dtype in DTYPES and query.shape[-1] == value.shape[-1] and takes_heads_of(query.shape[-1])
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Rows], Tensor]
@@ -68,13 +67,14 @@ def kernel_for(query: Tensor, value: Tensor, dropout: float) -> Kernel | None:
         value: (1, K, T, D).
         dropout: Of the attention weights.
     """
-    if query.device.type != "cuda" or not takes(query, value):
+    if dropout or not takes(query, value):  # dropout knows flash-attn alone, whose random numbers no checkpoint holds
         return None
-    if _capability(query.device) < LEAST_CAPABILITY:
-        return None
-    if dropout:  # known to flash-attn alone, whose random numbers a checkpoint does not hold
-        return None
-    return _kernel()
+    return kernel_on(query.device)
+
+
+def kernel_on(device: torch.device) -> Kernel | None:
+    """The kernel of a device, or None."""
+    return _kernel() if device.type == "cuda" and _capability(device) >= LEAST_CAPABILITY else None
 
 
 @cache
@@ -101,8 +101,8 @@ def _torchs_arguments() -> frozenset[str]:
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def is_traceable(kernel: Kernel | None) -> bool:
-    """Whether torch.compile takes the kernel into the code of a layer; else it is called from outside."""
+def is_traceable(kernel: Kernel) -> bool:
+    """Whether torch.compile takes the kernel into the code of a layer."""
     return kernel in (_torchs, _older_torchs)
 
 

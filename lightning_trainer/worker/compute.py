@@ -99,7 +99,7 @@ class Turns:
         return place
 
     def leave(self, place: asyncio.Future[None]) -> None:
-        """Not to have the turn after all, whether it has come meanwhile or not."""
+        """Give up a place whose turn has not been used; once, and not after `give`."""
         if place.done() and not place.cancelled():
             self.give()
         elif place in self._waiting:

@@ -107,6 +107,7 @@ class Conversation:
         host, came = self._host, time.monotonic()
         loop = asyncio.get_running_loop()
         answering = Answering(len(prompts), sampling.stop_token_ids, self._request.stream_every_tokens, loop)
+        # At once, so that no two are told the same; where the turn is free it is held while that is told.
         ahead, place = host.turns.waiting + host.turns.taken, host.turns.enter()
         try:
             await self._tell([pb.GenerateEvent(queued=pb.Queued(position=ahead))])

@@ -39,7 +39,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     pytest.importorskip("triton")
     gpu: Any = importlib.import_module("lightning_trainer.model.adamw_gpu")
-    monkeypatch.setattr(gpu, "PART", 1024)  # several to a parameter
+    monkeypatch.setattr(gpu, "PART", 2048)  # two blocks; some parameters have several
     return gpu.step, GPU
 
 
@@ -212,6 +212,17 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
         adamw_kernel, "step", lambda pieces, group, found_inf: weights.extend(piece.weight for piece in pieces)
     )
     return weights
+
+
+def test_each_parameter_is_given_once_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[Tensor]] = []
+    monkeypatch.setattr(adamw_kernel, "works_on", lambda device, reference: True)
+    monkeypatch.setattr(adamw_kernel, "step", lambda pieces, group, found_inf: calls.append([p.weight for p in pieces]))
+    monkeypatch.setattr("lightning_trainer.model.optim.KERNEL_BATCH", 2)
+    params = [made((4,), seed) for seed in range(5)]
+    CompensatedAdamW(params).step()
+    numbers = {id(param): number for number, param in enumerate(params)}
+    assert [[numbers[id(weight)] for weight in call] for call in calls] == [[0, 1], [2, 3], [4]]
 
 
 class Wrapper(Tensor):

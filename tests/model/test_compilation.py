@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,26 +104,33 @@ def test_rows_of_any_layout_are_one_compilation(model: Any, frames: Any, change:
     assert frames() == made
 
 
-@pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def windows(model: Any) -> Any:
+    """One of two layers sees six tokens: fewer than some rows' examples have, more than others'."""
+    model.model.layers[0].self_attn.sliding_window = 6
+    return model
+
+
+@pytest.fixture(params=[varlen._torchs, varlen._older_torchs])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """torch's attention for rows of unequal lengths, for a CPU and any dtype."""
+    if request.param is varlen._torchs and "enable_gqa" not in varlen._torchs_arguments():
+        pytest.skip("a newer torch's")
     varlen_on_cpu.install()
-    monkeypatch.setattr("torch.backends.cuda.is_flash_attention_available", lambda: True)
-    varlen._kernel.cache_clear()
-    yield varlen._kernel()
-    varlen._kernel.cache_clear()
+    monkeypatch.setattr(varlen, "takes", lambda query, value: True)
+    return request.param
 
 
-@pytest.mark.parametrize("change", [lambda model: model, checkpointing, lora, lambda model: checkpointing(lora(model))])
+@pytest.mark.parametrize(
+    "change", [lambda model: model, windows, checkpointing, lora, lambda model: checkpointing(lora(model))]
+)
 def test_torchs_kernel_is_taken_into_a_layers_code(
-    model: Any, frames: Any, change: Callable[[Any], Any], kernel: Any, monkeypatch: pytest.MonkeyPatch
+    model: Any, frames: Any, change: Callable[[Any], Any], kernel: Any
 ) -> None:
     from torch._dynamo.utils import counters
 
     model = change(model)
     attention.register()
     expected = [gradients(model, lengths) for lengths in ROWS]
-    monkeypatch.setattr(varlen, "takes", lambda query, value: True)
     attention.register(compiled=True, kernel=kernel)
     compile_layers(model)
     found = [gradients(model, ROWS[0])]
@@ -137,33 +143,38 @@ def test_torchs_kernel_is_taken_into_a_layers_code(
             torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
 
 
-def test_what_torchs_kernel_does_not_take_is_called_as_it_is(model: Any, kernel: Any) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_what_torchs_kernel_does_not_take_is_called_as_it_is(
+    dropout: float, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kernel(*_: Any) -> torch.Tensor:
+        raise AssertionError("it was asked")
+
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = dropout
+    monkeypatch.setattr(varlen, "is_traceable", lambda kernel: True)
+    if dropout:
+        monkeypatch.setattr(varlen, "takes", lambda query, value: True)
     attention.register()
+    torch.manual_seed(0)
     expected = gradients(model, ROWS[0])
     attention.register(compiled=True, kernel=kernel)
     compile_layers(model)
+    torch.manual_seed(0)
     for one, two in zip(gradients(model, ROWS[0]), expected, strict=True):  # fp32
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("config", "numbers", "dropout"),
-    [
-        ({"num_attention_heads": 4, "hidden_size": 32, "head_dim": 16, "attention_dropout": 0.1}, 16, 0.1),
-        ({"num_attention_heads": 4, "hidden_size": 32, "head_dim": None}, 8, 0.0),
-        ({"hidden_size": 32}, None, None),
-    ],
-)
-def test_the_kernel_of_a_model_is_the_one_that_takes_its_heads(
-    config: dict[str, Any], numbers: int | None, dropout: float | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("dtype", "asked"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_the_devices_kernel_is_asked_for_in_16_bits(
+    model: Any, dtype: torch.dtype, asked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr(varlen, "kernel_for", lambda query, value, dropout: asked.append((query, dropout)))
-    told = SimpleNamespace(get_text_config=lambda: SimpleNamespace(**config))
-    model: Any = SimpleNamespace(config=told, dtype=torch.bfloat16, device=torch.device("cpu"))
-    assert compilation._kernel_of(model) is None
-    expected = [] if numbers is None else [(numbers, torch.bfloat16, dropout)]
-    assert [(query.shape[-1], query.dtype, dropout) for query, dropout in asked] == expected
+    found = []
+    monkeypatch.setattr(varlen, "kernel_on", lambda device: f"of {device}")
+    monkeypatch.setattr(attention, "register", lambda compiled=False, kernel=None: found.append((compiled, kernel)))
+    model = model.to(dtype)
+    compilation.start(model, nats(model), list(model.parameters()), None, validates=False)
+    assert found == [(True, "of cpu" if asked else None)]
 
 
 def test_a_model_is_saved_as_it_was(model: Any) -> None:
