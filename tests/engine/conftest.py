@@ -53,6 +53,19 @@ def job(tmp_path: Path, tiny_model_dir: Path, chat_rows: Any, write_rows: Any) -
 
 
 @pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """Add a callback to the next runs."""
+    from lightning_trainer.engine.trainer_cli import TrainerCLI
+
+    original = TrainerCLI._callbacks
+
+    def add(callback: Any) -> None:
+        monkeypatch.setattr(TrainerCLI, "_callbacks", lambda cli, config: [callback, *original(cli, config)])
+
+    return add
+
+
+@pytest.fixture
 def scalars() -> Callable[[Path], dict[str, list[tuple[int, float]]]]:
     """Every scalar of a run, as TensorBoard would show it."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

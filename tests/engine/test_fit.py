@@ -17,7 +17,6 @@ from lightning.pytorch import Callback
 
 from lightning_trainer.cli import main
 from lightning_trainer.engine.run_directory import RunDirectory
-from lightning_trainer.engine.trainer_cli import TrainerCLI
 
 PREVIEW = {"class_path": "PreviewCallback", "init_args": {"every_n_steps": 3, "num_prompts": 2, "max_new_tokens": 6}}
 
@@ -42,17 +41,6 @@ class _DisturbValidation(Callback):
 
     def on_validation_batch_start(self, *_: Any) -> None:
         self.act()
-
-
-@pytest.fixture
-def disturbed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callback], None]:
-    """Add a callback to the next runs."""
-    original = TrainerCLI._callbacks
-
-    def add(callback: Callback) -> None:
-        monkeypatch.setattr(TrainerCLI, "_callbacks", lambda cli, config: [callback, *original(cli, config)])
-
-    return add
 
 
 def fit(config: Path, *words: str) -> int:
@@ -127,11 +115,11 @@ def test_previews_do_not_change_training_by_one_bit(job: Job, tmp_path: Path, we
     assert same(weights(without / "checkpoints/last.ckpt"), weights(with_previews / "checkpoints/last.ckpt"))
 
 
-def test_a_full_gpu_is_told_of_in_words(job: Job, disturbed: Any, capsys: Any) -> None:
+def test_a_full_gpu_is_told_of_in_words(job: Job, watched: Any, capsys: Any) -> None:
     def full() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
 
-    disturbed(_Disturb(3, full))
+    watched(_Disturb(3, full))
     assert fit(job()) == 1
     told = capsys.readouterr().err
     assert "error: the GPU has no memory left: CUDA out of memory. Tried to allocate 2.00 GiB.\n" in told
@@ -139,17 +127,17 @@ def test_a_full_gpu_is_told_of_in_words(job: Job, disturbed: Any, capsys: Any) -
     assert "Traceback" not in told
 
 
-def test_a_full_gpu_without_a_word_of_its_own(job: Job, disturbed: Any, capsys: Any) -> None:
+def test_a_full_gpu_without_a_word_of_its_own(job: Job, watched: Any, capsys: Any) -> None:
     def full() -> None:
         raise torch.OutOfMemoryError
 
-    disturbed(_Disturb(1, full))
+    watched(_Disturb(1, full))
     assert fit(job()) == 1
     assert "error: the GPU has no memory left: OutOfMemoryError\n" in capsys.readouterr().err
 
 
 def test_resume_after_faults_and_signals_is_bit_identical(
-    job: Job, tmp_path: Path, disturbed: Any, monkeypatch: pytest.MonkeyPatch, scalars: Scalars, weights: Any
+    job: Job, tmp_path: Path, watched: Any, monkeypatch: pytest.MonkeyPatch, scalars: Scalars, weights: Any
 ) -> None:
     """Stopped by a fault, by SIGTERM between steps, by SIGTERM in a validation; each time resumed."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
@@ -161,21 +149,21 @@ def test_resume_after_faults_and_signals_is_bit_identical(
     assert fit(config, "--trainer.default_root_dir", str(straight)) == 0
     words = ["--trainer.default_root_dir", str(broken)]
     terminate = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
-    disturbed(_Disturb(3, boom))
+    watched(_Disturb(3, boom))
     assert fit(config, *words) == 1
-    disturbed(_Disturb(5, terminate))
+    watched(_Disturb(5, terminate))
     assert fit(config, *words, "--ckpt_path", "last") == 143
     assert (broken / "checkpoints" / "step=000005.ckpt").is_dir()
-    disturbed(_DisturbValidation(terminate))
+    watched(_DisturbValidation(terminate))
     assert fit(config, *words, "--ckpt_path", "last") == 143
-    disturbed(Callback())
+    watched(Callback())
     assert fit(config, *words, "--ckpt_path", "last") == 0
     assert same(weights(straight / "checkpoints/last.ckpt"), weights(broken / "checkpoints/last.ckpt"))
     assert deterministic(scalars(broken)) == deterministic(scalars(straight))
 
 
-def test_sigint_saves_and_exits_130(job: Job, tmp_path: Path, disturbed: Any) -> None:
-    disturbed(_Disturb(2, lambda: os.kill(os.getpid(), signal.SIGINT)))
+def test_sigint_saves_and_exits_130(job: Job, tmp_path: Path, watched: Any) -> None:
+    watched(_Disturb(2, lambda: os.kill(os.getpid(), signal.SIGINT)))
     assert fit(job()) == 130
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").resolve().name == "step=000002.ckpt"
 

@@ -17,7 +17,6 @@ import torch
 from lightning.pytorch import Callback
 
 from lightning_trainer.cli import main
-from lightning_trainer.engine.trainer_cli import TrainerCLI
 from lightning_trainer.model import adamw_kernel
 from lightning_trainer.model.optim import _both_ways
 
@@ -72,17 +71,6 @@ def fit(job: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return run
-
-
-@pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callback], None]:
-    """Add a callback to the next runs."""
-    original = TrainerCLI._callbacks
-
-    def add(callback: Callback) -> None:
-        monkeypatch.setattr(TrainerCLI, "_callbacks", lambda cli, config: [callback, *original(cli, config)])
-
-    return add
 
 
 def assert_close(one: list[tuple[int, float]], two: list[tuple[int, float]], rel: float) -> None:

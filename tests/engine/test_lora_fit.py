@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 
 import lightning_trainer
 from lightning_trainer.cli import main
-from lightning_trainer.engine.trainer_cli import TrainerCLI
 from lightning_trainer.generation import quiet
 
 Job = Callable[..., Path]
@@ -67,17 +66,6 @@ class _StopAt(Callback):
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step == self.step and not trainer.fit_loop.epoch_loop._should_accumulate():
             os.kill(os.getpid(), signal.SIGTERM)
-
-
-@pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callback], None]:
-    """Add a callback to the next runs."""
-    original = TrainerCLI._callbacks
-
-    def add(callback: Callback) -> None:
-        monkeypatch.setattr(TrainerCLI, "_callbacks", lambda cli, config: [callback, *original(cli, config)])
-
-    return add
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # asked for by plain peft
