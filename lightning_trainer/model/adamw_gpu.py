@@ -1,7 +1,6 @@
 """A step of CompensatedAdamW on a GPU; imported where there is Triton.
 
-One launch steps many parameters: a model of 0.6 billion has 310, and starting a kernel takes the host longer than most
-of them take the device.
+One launch steps many parameters: a model of 0.6 billion has 310, of which each would cost the host a launch.
 """
 
 from __future__ import annotations
